@@ -1,0 +1,330 @@
+"""Videos in, videos out: built-in toy clips, UCF-101, Kinetics-600 or any folder of videos; and the command line.
+
+    file or drawing -> T frames, `stride` apart -> shorter side to R -> centre crop -> (T, 3, R, R) in [-1, 1]
+
+Letters: B videos, T frames, R = H = W pixels, M videos in a dataset.
+Ranges:  a clip is float32 in [-1, 1], shape (T, 3, R, R); only files and `samples.npz` hold uint8 in 0..255.
+A dataset is indexed by (video, seed): the seed alone decides which frames of the video, and whether it is mirrored.
+"""
+import argparse
+import dataclasses
+import gc
+import inspect
+import json
+import re
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif"}
+TREE = """    {root}/
+        ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi        one folder a class, any depth, any of {suffixes}
+        Archery/v_Archery_g01_c01.avi
+    UCF-101 comes as UCF101.rar from https://www.crcv.ucf.edu/data/UCF101.php (unpack with `unrar x` or `bsdtar -xf`)"""
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+def parse_config(cls, presets, argv=None, dataset=None):
+    """Turn a config dataclass into a command line: one flag a field, the comment on its line is the help.
+
+    Authority: dataclass default < preset row picked by --dataset < explicit flag. `dataset` is the row used when
+    the flag is absent. A comment that starts with `a|b|c:` allows those values only. A field without a comment is
+    a KeyError on purpose: settings that nobody explained do not ship. Unknown flags and bad values exit with 2.
+    """
+    notes = dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=dataset or cls.dataset)
+    dataset = first.parse_known_args(argv)[0].dataset
+    doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__).split("\n")[0]
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=doc)
+    for f in dataclasses.fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        values = re.match(r"([\w.]+(?:\|[\w.]+)+):", notes[f.name])
+        if values:
+            kind["choices"] = [f.type(v) for v in values[1].split("|")]
+            kind["metavar"] = f.name.upper()
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
+                            help=notes[f.name].replace("%", "%%") + " (default: %(default)s)")
+    parser.set_defaults(**{"dataset": dataset, **presets.get(dataset, {})})
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------------------------------- toy clips
+
+COLOURS = dict(red=(230, 50, 50), yellow=(240, 210, 50), green=(60, 200, 80),
+               cyan=(60, 210, 220), blue=(70, 100, 240), magenta=(220, 80, 210), white=(240, 240, 240))
+SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "circling")
+
+
+def draw_toy(rng, label, frames, resolution):
+    """One clip of a coloured shape that slides along a line (bouncing) or circles around the centre.
+
+    Shapes:  -> (T, 3, R, R) float32 in [-1, 1]; class = 2 * shape + motion
+    Source:  choice: eight classes that a person can name from eight frames of 32 x 32 pixels
+    """
+    shape, motion = SHAPES[label // 2], MOTIONS[label % 2]
+    colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) / 127.5 - 1
+    ground = rng.uniform(-0.95, -0.55) + rng.uniform(-0.05, 0.05, 3)                # dark, slightly tinted
+    r, time = rng.uniform(0.34, 0.44), np.arange(frames) * 8 / frames               # size and pace fit the frame
+    if motion == "circling":
+        angle = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * rng.uniform(0.6, 0.85) * time
+        centre = rng.uniform(0.42, 0.52) * np.stack([np.cos(angle), np.sin(angle)], 1)              # (T, 2)
+    else:
+        angle, reach = rng.uniform(0, 2 * np.pi), 0.98 - r
+        path = rng.uniform(-reach, reach, 2) + np.outer(time, [np.cos(angle), np.sin(angle)]) * rng.uniform(0.18, 0.28)
+        centre = reach - np.abs((path + reach) % (4 * reach) - 2 * reach)                           # (T, 2) bounced
+    grid = (np.arange(resolution) + 0.5) * 2 / resolution - 1
+    x = grid[None, None, :] - centre[:, 0, None, None]                                              # (T, 1, R)
+    y = centre[:, 1, None, None] - grid[None, :, None]                                              # (T, R, 1) up
+    x, y = np.broadcast_arrays(x, y)                                                                # (T, R, R) each
+    distance = {                                        # signed distance to the outline: negative inside
+        "square": lambda: np.maximum(abs(x), abs(y)) - 0.82 * r,
+        "triangle": lambda: np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.58 * r,
+        "ring": lambda: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
+        "cross": lambda: np.minimum(np.maximum(abs(x) - r, abs(y) - 0.3 * r), np.maximum(abs(y) - r, abs(x) - 0.3 * r)),
+    }[shape]()
+    cover = np.clip(0.5 - distance * resolution / 2, 0, 1)[:, None]                                 # (T, 1, R, R)
+    video = cover * colour[None, :, None, None] + (1 - cover) * ground[None, :, None, None]         # (T, 3, R, R)
+    return torch.from_numpy(video.astype(np.float32))
+
+
+class ToyVideos:
+    """Endless moving shapes, drawn on the fly; the held-out ones come from another random stream.
+
+    Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
+    """
+
+    classes = [f"{shape} {motion}" for shape in SHAPES for motion in MOTIONS]
+
+    def __init__(self, cfg, held_out=False):
+        self.cfg, self.stream, self.files = cfg, int(held_out), None
+        self.labels = np.arange(512 if held_out else 16384) % len(self.classes)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        i, _ = key                                      # a toy video has no other frames to choose from
+        rng = np.random.default_rng([self.cfg.seed, self.stream, i])
+        return draw_toy(rng, self.labels[i], self.cfg.frames, self.cfg.resolution), int(self.labels[i])
+
+
+# ---------------------------------------------------------------------------------------------- video files
+
+def count_frames(path):
+    """Number of frames that really decode; container headers of damaged files lie. Raises what the decoder raises."""
+    with iio.imopen(path, "r", plugin="pyav") as file:
+        told = file.properties().n_images                                           # 0 where the header is silent
+        try:
+            if told:
+                file.read(index=told - 1, constant_framerate=False)                 # decodes all, converts one
+                return told
+        except (StopIteration, OSError):
+            pass
+    return sum(1 for _ in iio.imiter(path, plugin="pyav"))
+
+
+def read_frames(path, indices):
+    """Frames `indices` (ascending) of a video file, exactly: decoding starts at frame 0, so frame k is frame k.
+
+    Shapes:  -> (len(indices), H, W, 3) uint8
+    Raises:  ValueError when the file is unreadable or ends too early
+    """
+    try:
+        with iio.imopen(path, "r", plugin="pyav") as file:
+            return np.stack([file.read(index=int(i), constant_framerate=False, format="rgb24") for i in indices])
+    except (StopIteration, OSError, ValueError, IndexError) as error:
+        raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {path}: {error!r}") from error
+
+
+def to_clip(frames, resolution):
+    """Shorter side to `resolution` (bilinear, antialiased), centre crop, uint8 0..255 to float [-1, 1].
+
+    Shapes:  frames (T, H, W, 3) uint8 -> (T, 3, R, R)
+    Source:  choice: the paper names only the size; antialias as LARP, whose protocol the paper follows
+    """
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                        # (T, 3, H, W)
+    h, w = x.shape[-2:]
+    size = [max(resolution, round(side * resolution / min(h, w))) for side in (h, w)]
+    x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    x = x[..., top:top + resolution, left:left + resolution]                        # (T, 3, R, R)
+    return x.clamp(0, 255) / 127.5 - 1
+
+
+def read_clip(path, start, frames, stride, resolution):
+    """T frames of a file from frame `start`, `stride` apart. Shapes: -> (T, 3, R, R) in [-1, 1]. Raises ValueError."""
+    return to_clip(read_frames(path, range(start, start + frames * stride, stride)), resolution)
+
+
+class VideoFolder:
+    """Every video below a folder; class = the folder that holds it; each is scanned once into out/index.json.
+
+    A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group come from one source
+    video, so a split by clip leaks), else a hash of its name. `split` names the groups that train; the rest is held
+    out. Unreadable and short videos are skipped, counted, and listed with the reason in the index.
+
+    Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
+    Raises:  SystemExit with the expected tree where no video can be used
+    """
+
+    def __init__(self, cfg, held_out=False):
+        root, self.cfg = Path(cfg.data_root), cfg
+        gc.freeze()     # imageio collects garbage whenever it closes a file; without torch's objects that is 10x faster
+        tree = TREE.format(root=cfg.data_root or "DATA_ROOT", suffixes=" ".join(sorted(s[1:] for s in SUFFIXES)))
+        if not cfg.data_root or not root.is_dir():
+            raise SystemExit(f"--data-root {cfg.data_root!r} is not a folder; --dataset {cfg.dataset} expects\n{tree}")
+        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.classes = sorted({p.parent.name for p in found})
+        index = scan(found, root, Path(cfg.out) / "index.json")
+        span, train = (cfg.frames - 1) * max(cfg.stride, 1) + 1, split_groups(cfg.split)
+        if cfg.stride == 0:
+            span = cfg.frames
+        good = [p for p in found if index[str(p.relative_to(root))]["frames"] >= span]
+        if not good:
+            raise SystemExit(f"--data-root {root} has no readable video of at least {span} frames "
+                             f"({len(found)} video files seen); --dataset {cfg.dataset} expects\n{tree}")
+        if len(found) > len(good):
+            print(f"{root}: {len(found) - len(good)} of {len(found)} videos are unreadable or shorter than {span} "
+                  f"frames and are skipped; {Path(cfg.out) / 'index.json'} names them")
+        self.files = [p for p in good if (group_of(p.relative_to(root)) in train) != held_out]
+        if not self.files and not held_out:
+            raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; try --split all")
+        self.frames = [index[str(p.relative_to(root))]["frames"] for p in self.files]
+        self.labels = np.array([self.classes.index(p.parent.name) for p in self.files], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        i, seed = key
+        rng = np.random.default_rng(seed)
+        for _ in range(10):                             # a file that broke since the scan must not end a long run
+            cfg, n = self.cfg, self.frames[i]
+            stride = cfg.stride or (n - 1) // max(cfg.frames - 1, 1)                # 0: evenly over the whole video
+            start = rng.integers(n - (cfg.frames - 1) * stride)
+            flip = cfg.flip and rng.random() < 0.5
+            try:
+                clip = read_clip(self.files[i], start, cfg.frames, stride, cfg.resolution)
+                return clip.flip(-1) if flip else clip, int(self.labels[i])
+            except ValueError as error:
+                print(f"skipping: {error}", file=sys.stderr)
+                i = int(rng.integers(len(self)))        # its label comes along, so labels cannot shift
+        raise SystemExit("ten videos in a row could not be read; is the disk with --data-root still there?")
+
+
+def scan(files, root, index_path):
+    """Frame count of every file, from the index where path, size and mtime agree, else counted by decoding.
+
+    Returns {relative path: {size, mtime, frames, error}}; `frames` is 0 where the file cannot be read.
+    """
+    index = json.loads(index_path.read_text()) if index_path.exists() else {}
+
+    def entry(path):
+        key, stat = str(path.relative_to(root)), path.stat()
+        old = index.get(key, {})
+        if (old.get("size"), old.get("mtime")) == (stat.st_size, stat.st_mtime):
+            return key, old
+        try:
+            frames, error = count_frames(path), ""
+        except Exception as problem:                    # hostile files raise anything; each is named in the index
+            frames, error = 0, f"{type(problem).__name__}: {problem}"
+        return key, dict(size=stat.st_size, mtime=stat.st_mtime, frames=frames, error=error)
+
+    with ThreadPoolExecutor() as pool:                  # the decoder releases the interpreter lock
+        bar = tqdm(pool.map(entry, files), total=len(files), desc="scanning videos", unit="file", leave=False)
+        fresh = dict(bar)
+    if fresh != index:
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        part = index_path.with_suffix(".part")
+        part.write_text(json.dumps(fresh, indent=0))
+        part.replace(index_path)
+    return fresh
+
+
+def split_groups(split):
+    """The groups 1..25 that train: all | train (8-25) | test (1-7), as UCF-101's split 1, or a list like 1-19,23."""
+    named = {"all": "1-25", "train": "8-25", "test": "1-7"}.get(split, split)
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", named):
+        raise SystemExit(f"--split {split} is not all, train, test or a list of groups such as 1-19,23")
+    parts = [[int(n) for n in part.split("-")] for part in named.split(",")]
+    return {g for part in parts for g in range(part[0], part[-1] + 1)}
+
+
+def group_of(path):
+    """Group 1..25 of a video: from its UCF-101 name, else a hash of its path below the root."""
+    named = re.search(r"_g(\d\d)_c\d\d", path.name)
+    return int(named[1]) if named else 1 + zlib.crc32(str(path).encode()) % 25
+
+
+def build_dataset(cfg, held_out=False):
+    """The training clips of `cfg.dataset`, or those kept out of training (may be empty: --split all)."""
+    return (ToyVideos if cfg.dataset == "toy" else VideoFolder)(cfg, held_out)
+
+
+# ---------------------------------------------------------------------------------------------- what tasks ask of clips
+
+def condition_video(video, kind, given=5):
+    """The clip that a conditional generator is shown, as long as the one it has to make.
+
+    Shapes:  video (..., T, 3, R, R) -> the same; kind frames|image|edge
+    Source:  paper Sec. 4.3: the first 5 frames, then the 5th repeated. Image: the first frame repeated, edge: Sobel
+             magnitude of every frame (choice: Sec. E.7 names the tasks only)
+    """
+    if kind == "edge":
+        grey = video.mean(-3, keepdim=True)                                         # (..., T, 1, R, R)
+        flat = F.pad(grey.reshape(-1, 1, *grey.shape[-2:]), (1, 1, 1, 1), mode="replicate")
+        sobel = torch.tensor([[1., 2, 1], [0, 0, 0], [-1, -2, -1]], device=video.device)
+        edges = F.conv2d(flat, torch.stack([sobel, sobel.T])[:, None])              # (.. * T, 2, R, R)
+        edges = edges.square().sum(1, keepdim=True).sqrt() / 2 - 1                  # 0 edge is black
+        return edges.clamp(-1, 1).reshape(grey.shape).expand_as(video).contiguous()
+    shown = min(1 if kind == "image" else given, video.shape[-4])
+    index = torch.arange(video.shape[-4]).clamp(max=shown - 1)
+    return video[..., index, :, :, :]
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def to_uint8(video):
+    """Pixels [-1, 1] to uint8 by rounding. Shapes: (..., 3, H, W) float -> (..., H, W, 3) numpy uint8."""
+    return ((video.movedim(-3, -1).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def tile(videos, columns, border=1):
+    """Videos side by side on a white ground. Shapes: (n, T, 3, H, W) in [-1, 1] -> (T, 3, rows*(H+b)+b, cols*(W+b)+b)."""
+    n, T, _, H, W = videos.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(T, 3, rows * (H + border) + border, columns * (W + border) + border)
+    for i, video in enumerate(videos):
+        top, left = border + i // columns * (H + border), border + i % columns * (W + border)
+        sheet[..., top:top + H, left:left + W] = video
+    return sheet
+
+
+def save_video(path, video, fps=8, scale=None):
+    """Write one video as mp4, gif or png, by the suffix; a png is a contact sheet, time from left to right.
+
+    Small frames are enlarged by whole pixels to about 256 (`scale` to choose), as nobody can look at 32 x 32.
+    Shapes:  video (T, 3, H, W) in [-1, 1]
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        video = tile(video[None].transpose(0, 1), len(video))                       # (1, 3, H', W')
+    scale = scale or max(1, round(256 / video.shape[-2]))
+    frames = to_uint8(video).repeat(scale, 1).repeat(scale, 2)                      # (T, H, W, 3)
+    if path.suffix == ".png":
+        iio.imwrite(path, frames[0])
+    elif path.suffix == ".gif":
+        iio.imwrite(path, frames, duration=1000 / fps, loop=0)
+    else:
+        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+        iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")

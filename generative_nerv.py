@@ -1,0 +1,298 @@
+"""The decoder: weight tokens become the kernels of one small convolutional network per video.
+
+    tokens z (B, N, d) --affine head of each layer--> a block of that layer's kernel; the rest is shared by all videos
+    frame index t, 8 x 8 grid --sinusoids--> (T, 48, 8, 8) -> conv -> [up x2, conv, conv] per doubling -> toRGB -> tanh
+
+    python generative_nerv.py --model L --resolution 128        # prints Table A1, layer by layer
+
+Letters: B videos, T frames, N weight tokens, d channels a token, D hidden width, c_in/c_out/k of a convolution.
+Ranges:  tokens ~ N(0, 1). `frame` is the frame index on the training grid, a float: 0 is the first trained frame,
+         T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
+A feature map is laid out time-major, (T * B, c, H, W), so that "one group a video" is a view and not a copy.
+"""
+import argparse
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+NERV_WIDTHS = {"S": 128, "B": 256, "L": 512}            # D, paper A.2
+
+
+class Layer(NamedTuple):
+    """One row of Table A1: what a layer does, and which block of its kernel the tokens generate."""
+    kind: str           # conv | transposed | pixelshuffle | bilinear (the last three double the size) | rgb
+    c_in: int
+    c_out: int          # channels of the kernel's output, before any pixel shuffle
+    k: int              # kernel size
+    size: int           # H = W of the output
+    gen_out: int        # the block W[:gen_out, :gen_in] is generated
+    gen_in: int
+    block: int          # which up-sampling block the layer belongs to; -1 is the stem, the last + 1 toRGB
+
+
+def layer_plan(cfg):
+    """The layers of the decoder, in order.
+
+    Blocks double the size until the resolution is reached; the last one is 2D wide, and the convolution before it
+    widens. With more doublings the widening moves along, so at 256 x 256 one more D-wide block appears (64.5M at L).
+
+    Raises: ValueError when pe_size is not the resolution divided by a power of two
+    Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
+            [128, 64, 3, 3] does not say which axis comes first
+    """
+    D, g = NERV_WIDTHS.get(cfg.model) or int(cfg.model), cfg.gen_channels
+    doublings = int(math.log2(max(cfg.resolution // cfg.pe_size, 1)))
+    if doublings < 1 or cfg.pe_size * 2 ** doublings != cfg.resolution:
+        raise ValueError(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
+                         "change --resolution or --pe-size")
+
+    def layer(kind, c_in, c_out, size, block, k=3):
+        wider = c_out // c_in if c_out > c_in else 1
+        return Layer(kind, c_in, c_out, k, size, min(g, c_in) * wider, min(g, c_in), block)
+
+    width = lambda i: 2 * D if i == doublings - 1 else D                            # only the last block is 2D wide
+    stem = layer("conv", 3 * cfg.pe_dim, width(0) if doublings == 1 else D, cfg.pe_size, -1)
+    plan, size = [stem._replace(gen_out=stem.c_out, gen_in=stem.c_in)], cfg.pe_size
+    for i in range(doublings):
+        size, w = 2 * size, width(i)
+        plan += {"transposed": [layer("transposed", w, w, size, i, k=4)],
+                 "pixelshuffle": [layer("pixelshuffle", w, 4 * w, size, i)],
+                 "bilinear": [layer("bilinear", w, w, size, i)]}[cfg.upsample]
+        plan += [layer("conv", w, w, size, i)]
+        if i < doublings - 1:                                                       # Table A1: the last block has one
+            plan += [layer("conv", w, width(i + 1), size, i)]
+        if cfg.side == "skip":
+            plan += [Layer("rgb", width(min(i + 1, doublings - 1)), 3, 3, size, 3, min(D, plan[-1].c_out), i)]
+    if cfg.side != "skip":
+        plan += [Layer("rgb", 2 * D, 3, 3, size, 3, D, doublings)]
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------- positions
+
+def sinusoids(position, dim, base=10000.0):
+    """Sines and cosines of a position at `dim / 2` frequencies, from 1 down to nearly 1 / base radians a unit.
+
+    Shapes:  position (n,) -> (n, dim) in [-1, 1]
+    Source:  the transformer's embedding; paper A.1 takes "sinusoidal" in place of NeRV's exponential one
+    """
+    omega = base ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))  # (dim/2,)
+    angle = position.float()[:, None] * omega                                       # (n, dim/2)
+    return torch.cat([angle.sin(), angle.cos()], 1)                                 # (n, dim)
+
+
+def positional_embedding(frame, size, dim, base=10000.0):
+    """The decoder's only input: where in time and space a cell lies.
+
+    Shapes:  frame (T,) -> (T, 3 * dim, size, size) in [-1, 1]
+    Units:   `frame` counts training frames and is never divided by T, so fractions and extrapolation keep their meaning
+    Source:  paper Sec. 3.2, A.2 (dim = 16 for each of time, height, width)
+    """
+    cell = torch.arange(size, device=frame.device)
+    t = sinusoids(frame, dim, base)[:, :, None, None].expand(-1, -1, size, size)    # (T, dim, size, size)
+    y = sinusoids(cell, dim, base).T[None, :, :, None].expand_as(t)
+    x = sinusoids(cell, dim, base).T[None, :, None, :].expand_as(t)
+    return torch.cat([t, y, x], 1)                                                  # (T, 3*dim, size, size)
+
+
+# ---------------------------------------------------------------------------------------------- one layer
+
+def convolve(x, kernel, kind, groups=1):
+    """The linear part of a layer: `kernel` (groups * c_out, c_in, k, k) applied to x (n, groups * c_in, H, W)."""
+    k = kernel.shape[-1]
+    if kind == "transposed":                            # k 4, stride 2, padding 1: exactly twice the size
+        kernel = kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)    # (groups*c_in, c_out, k, k)
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=groups)
+    if kind == "bilinear":
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.conv2d(x, kernel, padding=k // 2, groups=groups)
+
+
+class ModulatedConv2d(nn.Module):
+    """A convolution whose kernel differs from video to video and is the same for all frames of one video.
+
+    The tokens *are* part of the kernel: an affine head writes them into W[:gen_out, :gen_in]; all other entries are
+    shared by the whole data set. Dividing each output channel by the norm of its kernel keeps activations at unit
+    scale whatever was generated.
+
+    No kernel is ever built per video in a batch. A convolution is linear in its kernel, so
+        y = scale * (conv(x, shared) + [o < gen_out] conv_per_video(x[:, :gen_in], head(z))) + bias
+    is exact: one dense convolution over all videos and frames, and a small one with a group for each video.
+
+    Shapes:  x (T*B, c_in, H, W) time-major, tokens (B, N, d) -> (T*B, c_out, H', W'), H' = 2H when up-sampling
+    Units:   tokens ~ N(0, 1); x of unit scale gives y of unit scale
+    Source:  paper Sec. 3.1 (channel-wise parameterization, demodulation over all axes but the output channel), E.18.
+             Choice: the affine's bias is one number per kernel entry (the shared kernel's own block), so that the
+             mean video starts as an ordinary convolution (NeRV-Enc Table 10: worth 1.8 dB) and tokens start alike
+    """
+
+    def __init__(self, layer, cfg, tokens, head=None):
+        super().__init__()
+        self.layer, self.mode, self.tokens, self.rank = layer, cfg.parameterization, tokens, 10
+        kind, c_in, c_out, k, size, go, gi, _ = layer
+        # Normalisation removes the scale of a kernel; its initial size only sets how fast Adam's equal steps turn it.
+        self.shared = nn.Parameter(cfg.kernel_init * torch.randn(c_out, c_in, k, k))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+        # How many numbers the tokens have to supply; a head gives every token ceil(n / N) of them, the rest is cut.
+        numel = {"channel": go * gi * k * k,
+                 "fmm": self.rank * (c_out + c_in),
+                 "repeat": c_in * k * k * len(range(*tokens.indices(cfg.tokens)))}[self.mode]
+        self.numel, count = numel, len(range(*tokens.indices(cfg.tokens)))
+        self.per_token = -(-numel // count)
+        self.head = head or nn.Linear(cfg.token_dim, self.per_token, bias=False)
+        init = cfg.kernel_init if self.mode == "channel" else 0.3                   # choice: a gain of 1 +- 0.3
+        nn.init.normal_(self.head.weight, std=init / math.sqrt(cfg.token_dim))
+        # What keeps every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but
+        # a pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
+        inputs = size // 2 if kind in ("transposed", "pixelshuffle") else size
+        seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
+        # Second, the mean square is 1/2 after sines and 0.4256 after GELU of a unit normal; toRGB feeds tanh as it is.
+        self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.block >= 0 else 2 ** 0.5)
+
+    def generated(self, tokens):
+        """Numbers that this layer takes from the tokens. Shapes: (B, N, d) -> (B, numel); one token = one run of them."""
+        values = self.head(tokens[:, self.tokens])[..., :self.per_token]            # (B, n, per_token)
+        return values.flatten(1)[:, :self.numel]                                    # (B, numel)
+
+    def kernel(self, tokens):
+        """Every video's own normalised kernel: the slow, obvious form. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
+        _, c_in, c_out, k, _, go, gi, _ = self.layer
+        values, shared = self.generated(tokens), self.shared[None]                  # (B, numel), (1, c_out, c_in, k, k)
+        if self.mode == "channel":
+            delta = values.view(-1, go, gi, k, k)                                   # (B, go, gi, k, k)
+            kernel = shared + F.pad(delta, (0, 0, 0, 0, 0, c_in - gi, 0, c_out - go))
+        elif self.mode == "fmm":                        # INR-GAN, DIGAN: low-rank factors multiply the shared kernel
+            left, right = values.split([self.rank * c_out, self.rank * c_in], 1)
+            low_rank = left.view(-1, c_out, self.rank) @ right.view(-1, self.rank, c_in)            # (B, c_out, c_in)
+            kernel = shared * (1 + low_rank / math.sqrt(self.rank))[..., None, None]
+        else:                                           # FastNeRV: tokens repeated over output channels, multiplied
+            rows = 1 + values.view(len(values), -1, c_in, k, k)                     # (B, n, c_in, k, k)
+            kernel = shared * rows.repeat_interleave(-(-c_out // rows.shape[1]), 1)[:, :c_out]
+        return kernel * (kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt() * self.gain
+
+    def forward(self, x, tokens):
+        kind, c_in, c_out, k, _, go, gi, _ = self.layer
+        B, (TB, _, H, W) = len(tokens), x.shape
+        by_video = x.view(TB // B, B, c_in, H, W)                                   # (T, B, c_in, H, W)
+        if self.mode != "channel":
+            y = convolve(by_video.flatten(1, 2), self.kernel(tokens).flatten(0, 1), kind, groups=B)
+            y = y.view(TB, c_out, *y.shape[-2:]) + self.bias[:, None, None]
+        else:
+            delta = self.generated(tokens).view(B, go, gi, k, k)                    # (B, go, gi, k, k)
+            with torch.autocast(x.device.type, enabled=False):                      # sums of squares need float32
+                shared, block = self.shared.float(), self.shared[:go, :gi].float()
+                energy = shared.square().sum((1, 2, 3)).expand(B, -1)               # (B, c_out)
+                change = ((block + delta.float()).square() - block.square()).sum((2, 3, 4))         # (B, go)
+                scale = (energy + F.pad(change, (0, c_out - go)) + 1e-8).rsqrt() * self.gain        # (B, c_out)
+            own = convolve(by_video[:, :, :gi].flatten(1, 2), delta.flatten(0, 1), kind, groups=B)  # (T, B*go, H', W')
+            y = convolve(x, self.shared, kind)                                      # (T*B, c_out, H', W')
+            y = y.view(TB // B, B, c_out, *y.shape[-2:])                            # (T, B, c_out, H', W')
+            own = own.view(TB // B, B, go, *y.shape[-2:])
+            y = torch.cat([y[:, :, :go] + own, y[:, :, go:]], 2) if go < c_out else y + own
+            y = (y * scale[:, :, None, None] + self.bias[:, None, None]).flatten(0, 1)              # (T*B, c_out, H', W')
+        return F.pixel_shuffle(y, 2) if kind == "pixelshuffle" else y
+
+
+class PlainConv2d(nn.Module):
+    """The same layer with one video's kernel filled in: an ordinary convolution. Shapes: (T, c_in, H, W) -> (T, ...)."""
+
+    def __init__(self, conv, tokens):
+        super().__init__()
+        self.layer = conv.layer
+        self.register_buffer("kernel", conv.kernel(tokens[None])[0].detach())       # (c_out, c_in, k, k)
+        self.register_buffer("bias", conv.bias.detach().clone())
+
+    def forward(self, x):
+        y = convolve(x, self.kernel, self.layer.kind) + self.bias[:, None, None]
+        return F.pixel_shuffle(y, 2) if self.layer.kind == "pixelshuffle" else y
+
+
+# ---------------------------------------------------------------------------------------------- the decoder
+
+def upsample_side(x, width):
+    """Parameter-free side connection: bilinear x2, channels repeated where the block widens (paper A.1; choice)."""
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return x.repeat(1, width // x.shape[1], 1, 1) if x.shape[1] != width else x
+
+
+def render(layers, convs, x, side):
+    """Run the layers on an embedding; the same walk for the batched and for the instantiated network.
+
+    Shapes:  x (n, 48, h, w) -> (n, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
+    Source:  paper Table A1; GELU in all blocks and tanh at the end: A.2; residual sums, bilinear: Sec. 3.2, A.1
+    """
+    x, rgb = F.gelu(convs[0](x)), None
+    block_in = x
+    for layer, after, conv in zip(layers[1:], layers[2:] + layers[-1:], convs[1:]):
+        if layer.kind == "rgb":                         # once, at the end; with side "skip" at every size, summed
+            y = conv(x)                                                             # (n, 3, size, size)
+            rgb = y if rgb is None else y + upsample_side(rgb, 3)
+            continue
+        x = F.gelu(conv(x))                                                         # (n, c, size, size)
+        if side == "residual" and after.block != layer.block:
+            x = (x + upsample_side(block_in, x.shape[1])) / math.sqrt(2)            # keeps unit scale (StyleGAN2; choice)
+            block_in = x
+    return rgb.tanh()
+
+
+class PlainNeRV(nn.Module):
+    """One video as the network that it is. Shapes: frame (T,) float -> (T, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, decoder, tokens):
+        super().__init__()
+        self.cfg = decoder.cfg
+        self.layers = decoder.layers
+        self.convs = nn.ModuleList(PlainConv2d(conv, tokens) for conv in decoder.convs)
+
+    def forward(self, frame):
+        c = self.cfg
+        x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
+        return render(self.layers, self.convs, x, c.side)
+
+
+class GenerativeNeRV(nn.Module):
+    """The video decoder: a batch of weight tokens and frame indices to a batch of videos.
+
+    Shapes:  tokens (B, N, d), frame (T,) float -> (B, T, 3, H, W) in [-1, 1]
+    Units:   tokens ~ N(0, 1); frame on the training grid, fractional or beyond the end allowed
+    Source:  paper Sec. 3.1-3.2, Tables A1, 2a-2f
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.layers = cfg, layer_plan(cfg)
+        plan = self.layers
+        everyone, shares, head = slice(0, cfg.tokens), [slice(0, cfg.tokens)] * len(plan), None
+        if cfg.reuse == "none":                         # Table 2b: each layer gets its own tokens, by block size
+            if cfg.tokens < len(plan):
+                raise ValueError(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
+            sizes = torch.tensor([p.gen_out * p.gen_in * p.k ** 2 for p in plan]).double()
+            cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
+            ends = cuts.long().tolist()
+            shares = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
+        if cfg.reuse == "direct":                       # Table 2b: one head, every layer reads the same values
+            if cfg.parameterization != "channel":
+                raise ValueError("--reuse direct is defined for --parameterization channel only")
+            most = max(-(-p.gen_out * p.gen_in * p.k ** 2 // cfg.tokens) for p in plan)
+            head = nn.Linear(cfg.token_dim, most, bias=False)
+        self.convs = nn.ModuleList(ModulatedConv2d(p, cfg, share, head) for p, share in zip(plan, shares))
+
+    def forward(self, tokens, frame):
+        B, N, d = tokens.shape
+        c = self.cfg
+        x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
+        x = x[:, None].expand(-1, B, -1, -1, -1).flatten(0, 1)                      # (T*B, 48, h, w)
+        convs = [partial(conv, tokens=tokens) for conv in self.convs]
+        video = render(self.layers, convs, x, c.side)                               # (T*B, 3, H, W)
+        return video.view(len(frame), B, 3, *video.shape[-2:]).transpose(0, 1)      # (B, T, 3, H, W)
+
+    def instantiate(self, tokens):
+        """One video's tokens assembled into a plain CNN, kernels normalised once: the cheap way to play one video.
+
+        Shapes:  tokens (N, d) -> PlainNeRV, frame (T,) -> (T, 3, H, W); equals forward(tokens[None], frame)[0]
+        """
+        return PlainNeRV(self, tokens)
