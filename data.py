@@ -41,7 +41,7 @@ def parse_config(cls, presets, argv=None, dataset=None):
     """
     notes = dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=dataset or cls.dataset)
+    first.add_argument("--dataset", default=dataset or getattr(cls, "dataset", None))
     dataset = first.parse_known_args(argv)[0].dataset
     doc = inspect.cleandoc(sys.modules[cls.__module__].__doc__).split("\n")[0]
     parser = argparse.ArgumentParser(allow_abbrev=False, description=doc)
@@ -53,7 +53,8 @@ def parse_config(cls, presets, argv=None, dataset=None):
             kind["metavar"] = f.name.upper()
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind,
                             help=notes[f.name].replace("%", "%%") + " (default: %(default)s)")
-    parser.set_defaults(**{"dataset": dataset, **presets.get(dataset, {})})
+    if presets:
+        parser.set_defaults(dataset=dataset, **presets.get(dataset, {}))
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -61,6 +62,7 @@ def parse_config(cls, presets, argv=None, dataset=None):
 
 COLOURS = dict(red=(230, 50, 50), yellow=(240, 210, 50), green=(60, 200, 80),
                cyan=(60, 210, 220), blue=(70, 100, 240), magenta=(220, 80, 210), white=(240, 240, 240))
+TOY_VIDEOS = 16384              # as many train as are held out
 SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "circling")
 
 
@@ -106,7 +108,7 @@ class ToyVideos:
 
     def __init__(self, cfg, held_out=False):
         self.cfg, self.stream, self.files = cfg, int(held_out), None
-        self.labels = np.arange(512 if held_out else 16384) % len(self.classes)
+        self.labels = np.arange(TOY_VIDEOS) % len(self.classes)
 
     def __len__(self):
         return len(self.labels)

@@ -40,14 +40,14 @@ def layer_plan(cfg):
     Blocks double the size until the resolution is reached; the last one is 2D wide, and the convolution before it
     widens. With more doublings the widening moves along, so at 256 x 256 one more D-wide block appears (64.5M at L).
 
-    Raises: ValueError when pe_size is not the resolution divided by a power of two
+    Raises: SystemExit when pe_size is not the resolution divided by a power of two
     Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
             [128, 64, 3, 3] does not say which axis comes first
     """
     D, g = NERV_WIDTHS.get(cfg.model) or int(cfg.model), cfg.gen_channels
     doublings = int(math.log2(max(cfg.resolution // cfg.pe_size, 1)))
     if doublings < 1 or cfg.pe_size * 2 ** doublings != cfg.resolution:
-        raise ValueError(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
+        raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
                          "change --resolution or --pe-size")
 
     def layer(kind, c_in, c_out, size, block, k=3):
@@ -144,8 +144,8 @@ class ModulatedConv2d(nn.Module):
         self.numel, count = numel, len(range(*tokens.indices(cfg.tokens)))
         self.per_token = -(-numel // count)
         self.head = head or nn.Linear(cfg.token_dim, self.per_token, bias=False)
-        init = cfg.kernel_init if self.mode == "channel" else 0.3                   # choice: a gain of 1 +- 0.3
-        nn.init.normal_(self.head.weight, std=init / math.sqrt(cfg.token_dim))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(cfg.token_dim))         # unit tokens give unit numbers
+        self.scale = cfg.kernel_init if self.mode == "channel" else 0.3             # choice: a gain of 1 +- 0.3
         # What keeps every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but
         # a pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
         inputs = size // 2 if kind in ("transposed", "pixelshuffle") else size
@@ -156,7 +156,7 @@ class ModulatedConv2d(nn.Module):
     def generated(self, tokens):
         """Numbers that this layer takes from the tokens. Shapes: (B, N, d) -> (B, numel); one token = one run of them."""
         values = self.head(tokens[:, self.tokens])[..., :self.per_token]            # (B, n, per_token)
-        return values.flatten(1)[:, :self.numel]                                    # (B, numel)
+        return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
 
     def kernel(self, tokens):
         """Every video's own normalised kernel: the slow, obvious form. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
@@ -269,14 +269,14 @@ class GenerativeNeRV(nn.Module):
         everyone, shares, head = slice(0, cfg.tokens), [slice(0, cfg.tokens)] * len(plan), None
         if cfg.reuse == "none":                         # Table 2b: each layer gets its own tokens, by block size
             if cfg.tokens < len(plan):
-                raise ValueError(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
+                raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
             sizes = torch.tensor([p.gen_out * p.gen_in * p.k ** 2 for p in plan]).double()
             cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
             ends = cuts.long().tolist()
             shares = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
         if cfg.reuse == "direct":                       # Table 2b: one head, every layer reads the same values
             if cfg.parameterization != "channel":
-                raise ValueError("--reuse direct is defined for --parameterization channel only")
+                raise SystemExit("--reuse direct is defined for --parameterization channel only")
             most = max(-(-p.gen_out * p.gen_in * p.k ** 2 // cfg.tokens) for p in plan)
             head = nn.Linear(cfg.token_dim, most, bias=False)
         self.convs = nn.ModuleList(ModulatedConv2d(p, cfg, share, head) for p, share in zip(plan, shares))

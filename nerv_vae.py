@@ -142,7 +142,7 @@ class NeRVEncoder(nn.Module):
 
     Shapes:  video (B, T, 3, H, W) -> mean, logvar (B, N, d) each
     Units:   pixels in [-1, 1]; the posterior of a token channel is N(mean, exp(logvar))
-    Raises:  ValueError when patches do not fill the clip
+    Raises:  SystemExit when patches do not fill the clip
     Source:  paper Sec. 3.1 (queries, BatchNorm, FC bottleneck), A.1 (18 blocks, 14 heads, 896). Choice: fixed sin-cos
              positions as large as the patch embedding, so that the first step already knows where a patch lies
     """
@@ -152,14 +152,16 @@ class NeRVEncoder(nn.Module):
         self.cfg, dim, p = cfg, cfg.enc_dim, cfg.patch
         grid = (cfg.frames // cfg.patch_frames, cfg.resolution // p, cfg.resolution // p)
         if (grid[0] * cfg.patch_frames, grid[1] * p) != (cfg.frames, cfg.resolution):
-            raise ValueError(f"patches of {cfg.patch_frames} x {p} x {p} do not fill {cfg.frames} frames of "
+            raise SystemExit(f"patches of {cfg.patch_frames} x {p} x {p} do not fill {cfg.frames} frames of "
                              f"{cfg.resolution}; change --patch or --patch-frames")
         self.embed = nn.Linear(3 * cfg.patch_frames * p * p, dim)
         each = dim // 6 * 2                                                         # channels for each of t, y, x
         t, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")   # (t, h, w) each
-        place = torch.cat([sinusoids(axis.flatten(), each) for axis in (t, y, x)], 1)               # (P, 3*each)
+        # Base 10 and amplitude 2: at a transformer's usual 10000 and 1 neighbours look alike and learning starts late.
+        place = 2 * torch.cat([sinusoids(axis.flatten(), each, base=10.0) for axis in (t, y, x)], 1)    # (P, 3*each)
         self.register_buffer("place", F.pad(place, (0, dim - 3 * each)), persistent=False)          # (P, dim)
-        self.queries = nn.Parameter(torch.randn(cfg.tokens, dim))                   # as wide apart as TransINR's
+        # Small, or BatchNorm would see the queries' differences and scale those between videos down to nothing.
+        self.queries = nn.Parameter(0.02 * torch.randn(cfg.tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.enc_heads) for _ in range(cfg.enc_depth))
         self.norm = nn.BatchNorm1d(dim)
         self.bottleneck = nn.Linear(dim, 2 * cfg.token_dim)
@@ -228,7 +230,7 @@ class Discriminator(nn.Module):
 
     def forward(self, video):
         lrelu = lambda x: F.leaky_relu(x, 0.2)
-        halve = lambda x: F.avg_pool3d(x, 2, ceil_mode=True)
+        halve = lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)     # 16 frames: 1 after 4
         x = lrelu(self.stem(video))                                                 # (B, 64, T, H, W)
         for block in self.blocks:
             y = lrelu(block["b"](halve(lrelu(block["a"](x)))))                      # (B, wider, T/2, H/2, W/2)
