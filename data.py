@@ -63,11 +63,11 @@ def parse_config(cls, presets, argv=None, dataset=None):
 COLOURS = dict(red=(230, 50, 50), yellow=(240, 210, 50), green=(60, 200, 80),
                cyan=(60, 210, 220), blue=(70, 100, 240), magenta=(220, 80, 210), white=(240, 240, 240))
 TOY_VIDEOS = 16384              # as many train as are held out
-SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "circling")
+SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "pulsing")
 
 
 def draw_toy(rng, label, frames, resolution):
-    """One clip of a coloured shape that slides along a line (bouncing) or circles around the centre.
+    """One clip of a coloured shape that slides along a line, or pulses in place.
 
     Shapes:  -> (T, 3, R, R) float32 in [-1, 1]; class = 2 * shape + motion
     Source:  choice: eight classes that a person can name from eight frames of 32 x 32 pixels
@@ -75,14 +75,16 @@ def draw_toy(rng, label, frames, resolution):
     shape, motion = SHAPES[label // 2], MOTIONS[label % 2]
     colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) / 127.5 - 1
     ground = rng.uniform(-0.95, -0.55) + rng.uniform(-0.05, 0.05, 3)                # dark, slightly tinted
-    r, time = rng.uniform(0.34, 0.44), np.arange(frames) * 8 / frames               # size and pace fit the frame
-    if motion == "circling":
-        angle = rng.uniform(0, 2 * np.pi) + rng.choice([-1, 1]) * rng.uniform(0.6, 0.85) * time
-        centre = rng.uniform(0.42, 0.52) * np.stack([np.cos(angle), np.sin(angle)], 1)              # (T, 2)
+    r, time = rng.uniform(0.36, 0.48), np.linspace(-0.5, 0.5, frames)               # any T spans the same motion
+    if motion == "pulsing":
+        centre = np.broadcast_to(rng.uniform(0.6 * r - 0.6, 0.6 - 0.6 * r, 2), (frames, 2))         # (T, 2)
+        beat = np.sin(2 * np.pi * (rng.uniform(0.8, 1.2) * time + rng.random()))    # (T,)
+        r = r * (1 + 0.4 * beat)[:, None, None]                                     # (T, 1, 1)
     else:
-        angle, reach = rng.uniform(0, 2 * np.pi), 0.98 - r
-        path = rng.uniform(-reach, reach, 2) + np.outer(time, [np.cos(angle), np.sin(angle)]) * rng.uniform(0.18, 0.28)
-        centre = reach - np.abs((path + reach) % (4 * reach) - 2 * reach)                           # (T, 2) bounced
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.9)
+        way = reach * np.array([np.cos(angle), np.sin(angle)])                      # (2,) first frame to last
+        room = np.maximum(0.97 - r - abs(way) / 2, 0)                               # so that it stays in the picture
+        centre = rng.uniform(-room, room) + np.outer(time, way)                     # (T, 2)
     grid = (np.arange(resolution) + 0.5) * 2 / resolution - 1
     x = grid[None, None, :] - centre[:, 0, None, None]                                              # (T, 1, R)
     y = centre[:, 1, None, None] - grid[None, :, None]                                              # (T, R, 1) up
@@ -99,7 +101,7 @@ def draw_toy(rng, label, frames, resolution):
 
 
 class ToyVideos:
-    """Endless moving shapes, drawn on the fly; the held-out ones come from another random stream.
+    """Moving shapes, drawn on the fly from the seed; the held-out ones come from another random stream.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     """
@@ -301,7 +303,7 @@ def to_uint8(video):
 
 
 def tile(videos, columns, border=1):
-    """Videos side by side on a white ground. Shapes: (n, T, 3, H, W) in [-1, 1] -> (T, 3, rows*(H+b)+b, cols*(W+b)+b)."""
+    """Videos side by side on white. Shapes: (n, T, 3, H, W) in [-1, 1] -> (T, 3, rows*(H+b)+b, columns*(W+b)+b)."""
     n, T, _, H, W = videos.shape
     rows = -(-n // columns)
     sheet = torch.ones(T, 3, rows * (H + border) + border, columns * (W + border) + border)

@@ -1,18 +1,19 @@
 """FVD and its company, every number printed with the protocol behind it.
 
-    python fvd.py --real toy --fake out/samples.npz --features random            # offline: FD-random, which is not FVD
-    python fvd.py --dataset ucf --real ucf:UCF-101 --fake samples.npz            # FVD at 2048 clips a side
-    python fvd.py --dataset ucf --real original.npz --fake reconstruction.npz    # rFVD, PSNR, SSIM, LPIPS, fLPIPS
-    python fvd.py --tokens out/dit/tokens-KEY.npy                                # is the latent Gaussian, alive, local?
+    python fvd.py --real ucf:UCF-101 --fake samples.npz                  # FVD at 2048 clips a side
+    python fvd.py --real original.npz --fake reconstruction.npz          # rFVD, PSNR, SSIM, LPIPS, fLPIPS, flickering
+    python fvd.py --real toy --fake samples.npz --features random        # offline: FD-random, which is not FVD
+    python fvd.py --tokens out/dit/tokens-KEY.npy                        # is the latent Gaussian, alive, local?
 
 Both sides go one way: clips, rounded to bytes -> network -> features (n, d), kept -> every statistic of them.
-Letters: B videos, T frames, R = H = W pixels, n and m clips of a side, d features of a clip, M cached clips, N tokens.
-Ranges:  a video is float32 (B, T, 3, R, R) in [-1, 1].
+Letters: B videos (B, T, 3, R, R) in [-1, 1], T frames, R = H = W pixels, n and m clips of a side, d features of a clip.
 """
+import dataclasses
 import hashlib
 import json
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import build_dataset, parse_config, save_video, tile, to_clip
+from data import build_dataset, parse_config, save_video, tile
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of one measurement: the paper's where it names them (Sec. 4.1: 2048 videos), the rest is choice."""
 
-    dataset: str = "toy"            # toy|ucf|ucf256|k600: row of presets: frames, resolution, LARP's 64 x 64 for k600
+    dataset: str = "any"            # any|k600: row of presets; k600 shrinks clips to 64 x 64 before the features (LARP)
     real: str = ""                  # what is true: samples.npz, a folder of videos, ucf:PATH or toy
-    fake: str = ""                  # what is judged: the same choices
+    fake: str = ""                  # what is judged: the same, but files lose quality, so give a samples.npz
     n: int = 2048                   # most clips of a side: one each of videos drawn by --seed
-    frames: int = 8                 # T, frames per clip (paper: 16, and 128)
-    stride: int = 1                 # frames of a file between two frames of a clip; 0 spreads them over the whole file
-    resolution: int = 32            # R, height and width in pixels (paper: 128 and 256)
+    frames: int = -1                # T; -1: as a samples.npz on either side, else 16 (toy 8); fewer are its first ones
+    stride: int = -1                # frames of a file between two of a clip, 0 spreads; -1: as a samples.npz, else 1
+    resolution: int = -1            # R, height and width in pixels; -1: as a samples.npz, else 128 (toy 32)
     split: str = "all"              # all, train, test or groups such as 1-19,23: of the real side and every ucf:PATH
     features: str = "i3d"           # i3d, random, or a TorchScript file: video (B, 3, T, R, R) in [-1, 1] -> (B, d)
     i3d: str = ""                   # path of i3d_torchscript.pt where it cannot be downloaded
@@ -43,7 +44,7 @@ class Config:
     fvd_resolution: int = 0         # bring clips to this size just before the features; 0 leaves them
     bias_curve: bool = False        # the distance at n, n/2, n/4 .. clips of each side
     nearest: int = 0                # this many fake clips over their nearest real ones, in a png beside --out
-    paired: bool = False            # PSNR, SSIM and LPIPS of clip i against clip i; on for a pair of sample.py --reconstruct
+    paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for sample.py --reconstruct's pair
     lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: LPIPS, and fLPIPS of each side; auto: alex for a pair
     action_similarity: int = 0      # window in frames: cosine between the features of a long clip's windows
     tokens: str = ""                # token cache of nerv_dit.py, tokens-KEY.npy: statistics of the latent
@@ -52,8 +53,7 @@ class Config:
     seed: int = 0                   # fixes the drawn clips, halves, resamples and token noise
 
 
-PAPER = dict(frames=16, resolution=128)
-PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256}, "k600": {**PAPER, "fvd_resolution": 64}}
+PRESETS = {"any": {}, "k600": dict(fvd_resolution=64)}
 I3D_URLS = ("https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1", "https://huggingface.co/flateon/"
             "FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt")
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
@@ -63,9 +63,9 @@ GET_I3D = f"get i3d_torchscript.pt (51,235,320 bytes, sha256 {I3D_SHA256}) from\
 # ---------------------------------------------------------------------------------------------- statistics of features
 
 def frechet_distance(a, b):
-    """Squared distance between Gaussians fitted to two sets of features; 0 where mean and covariance agree.
+    """Squared distance between Gaussians fitted to two sets of features; biased upward by about c (1/n + 1/m).
 
-    Shapes:  a (n, d), b (m, d) -> float, biased upward by about c (1/n + 1/m): only equal n compare
+    Shapes:  a (n, d), b (m, d) -> float
     Raises:  ValueError for fewer than 2 rows, unequal widths or values that are not finite
     Source:  FVD (arXiv 1812.01717). Choice: float64 and singular values; float32 and matrix roots miss by whole tenths
     """
@@ -88,16 +88,16 @@ def inception_score(probabilities):
 
 def frechet_rows(name, real, fake, cfg):
     """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> {name: (value, note)}."""
-    rng, (n, d), m = torch.Generator().manual_seed(cfg.seed), real.shape, len(fake)
+    rng, (n, d), m, half = torch.Generator().manual_seed(cfg.seed), real.shape, len(fake), len(real) // 2
     real, fake = real[torch.randperm(n, generator=rng)], fake[torch.randperm(m, generator=rng)]     # out of class order
     again = [frechet_distance(real, fake[torch.randint(m, (m,), generator=rng)]) for _ in range(5)]
-    floor, half = frechet_distance(real[:n // 2], real[n // 2:]), n // 2
+    floor = frechet_distance(real[:half], real[half:])
     bias = floor * (1 / n + 1 / m) / (1 / half + 1 / (n - half))                    # it goes with 1/n + 1/m
-    rows = {name: (frechet_distance(real, fake), f"{n} real against {m} fake clips"),
-            f"{name} spread": (float(np.std(again, ddof=1)), "standard deviation over 5 bootstraps of the fake side"),
-            f"{name} floor": (floor, f"real against real, {half} against {n - half}; so the bias above is near {bias:.3g}")}
     if min(n, m) < 2 * d:
-        print(f"warning: {min(n, m)} clips are fewer than 2 x {d} features: {name} is biased upward by about {bias:.3g}")
+        print(f"warning: {min(n, m)} clips are less than 2 x {d} features: {name} is biased upward by about {bias:.3g}")
+    rows = {name: (frechet_distance(real, fake), f"{n} real, {m} fake clips; bias near {bias:.3g} if unpaired"),
+            f"{name} spread": (float(np.std(again, ddof=1)), "standard deviation over 5 bootstraps of the fake side"),
+            f"{name} floor": (floor, f"real against real, {half} against {n - half} other clips")}
     for k in (min(n, m) >> i for i in range(5) if cfg.bias_curve and min(n, m) >> i > 1):
         rows[f"{name} n={k}"] = frechet_distance(real[:k], fake[:k]), "bias curve, nearly a line against 1/n"
     return rows
@@ -106,13 +106,13 @@ def frechet_rows(name, real, fake, cfg):
 # ---------------------------------------------------------------------------------------------- pixels
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of each frame in dB, 120 at most. Shapes: (..., T, 3, H, W) twice -> (..., T)."""
+    """Peak signal-to-noise ratio of each frame in dB, 120 at most. Shapes: (..., T, 3, H, W) x 2 -> (..., T)."""
     check_pair(a, b)
     return -10 * ((a.double() - b.double()) / 2).square().mean((-3, -2, -1)).clamp(min=1e-12).log10()
 
 
 def ssim(a, b):
-    """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) twice -> (..., T).
+    """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) x 2 -> (..., T).
 
     Source:  Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03; valid region, mean over RGB
     """
@@ -128,13 +128,13 @@ def ssim(a, b):
 
 
 def lpips_distance(a, b, net):
-    """Perceptual distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) twice -> (..., T)."""
+    """Perceptual distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) x 2 -> (..., T)."""
     check_pair(a, b)
     return net(a.flatten(0, -4), b.flatten(0, -4)).view(a.shape[:-3])
 
 
 def load_lpips(name, device):
-    """LPIPS (arXiv 1801.03924) with network `name`; SystemExit where its weights cannot be had."""
+    """LPIPS (arXiv 1801.03924); SystemExit without weights. Choice: alex for results, its scale fits paper Table A4."""
     import lpips                                        # takes seconds, and most runs do not need it
     try:
         return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
@@ -145,7 +145,7 @@ def load_lpips(name, device):
 
 def check_pair(a, b):
     """ValueError where two videos cannot be compared pixel by pixel: other shapes, or values outside [-1, 1]."""
-    peak = max(a.abs().max().item(), b.abs().max().item())
+    peak = torch.maximum(a.abs().max(), b.abs().max()).item()
     if a.shape != b.shape or not peak <= 1.001:
         raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}, pixels up to {peak:.4g}: need one shape and [-1, 1]")
 
@@ -209,86 +209,88 @@ def random_features(video):
 def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
-    Source:  paper Sec. E.6, Table A10. Choice: windows overlap by half; departs: features of --features, not C3D's
+    Source:  paper Table A10. Choice: windows overlap by half; departs: the features of --features, not C3D's
     """
     parts = video.unfold(1, window, max(1, window // 2)).unbind(1)                  # w of (B, 3, R, R, window)
     f = torch.stack([F.normalize(features(part.movedim(-1, 1)), dim=-1) for part in parts])         # (w, B, d)
-    return ((f.sum(0).square().sum(-1) - len(f)) / (len(f) * (len(f) - 1)))[:, None]                # all pairs but i = i
+    return (f.sum(0).square().sum(-1, keepdim=True) - len(f)) / (len(f) * (len(f) - 1))             # the sum has w ones
 
 
 # ---------------------------------------------------------------------------------------------- the two sides
 
-class Side(torch.utils.data.Dataset):
-    """One side: up to n of its videos, drawn by the seed, one clip of each, read when asked for.
+class NpzVideos:
+    """The clips of a samples.npz. They stay on the disk until they are asked for, as they may not fit into memory.
 
-    Shapes:  self[i] -> (T, 3, R, R), rounded to the levels of bytes
-    Raises:  SystemExit where it cannot be read, or its clips are too short or too few
+    Shapes:  self[i, seed] -> (T, 3, R, R) in [-1, 1], label int: as the datasets of data.py
+    Raises:  SystemExit where the file is not ours
     """
 
-    def __init__(self, spec, cfg, split):
-        self.cfg, self.settings, self.stream, root = cfg, {}, None, spec.removeprefix("ucf:")
-        if spec.endswith(".npz"):
-            self.open_npz(spec)
-        elif spec != "toy" and not Path(root).is_dir():
-            raise SystemExit(f"{spec} is no folder; a side is a samples.npz, a folder of videos, ucf:PATH or toy")
-        else:
-            index = Path(cfg.out).parent / f"index-{hashlib.sha256(bytes(Path(root).resolve())).hexdigest()[:8]}"
-            self.videos = build_dataset(SimpleNamespace(
-                dataset="toy" if spec == "toy" else "folder", data_root=root, out=index, split=split, flip=False,
-                frames=cfg.frames, stride=cfg.stride, resolution=cfg.resolution, seed=cfg.seed))
-            self.labels, self.classes = self.videos.labels, self.videos.classes
-        self.total = len(self.labels)
-        self.picks = np.sort(np.random.default_rng(cfg.seed).permutation(self.total)[:cfg.n])
-        if len(self.picks) < 4:
-            raise SystemExit(f"{spec} gives {len(self.picks)} clips with --n {cfg.n} --split {split}; 4 are the least")
-
-    def open_npz(self, path):
-        """Find the pixels of a samples.npz, but leave them on the disk: they may be larger than the memory."""
-        want = (self.cfg.frames, self.cfg.resolution, self.cfg.resolution, 3)
+    def __init__(self, path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.labels, self.settings = file["labels"], dict(json.loads(str(file["settings"])))
-            self.classes, self.stream = self.settings.get("classes", []), zipfile.ZipFile(path).open("videos.npy")
+            self.stream = zipfile.ZipFile(path).open("videos.npy")
             np.lib.format.read_magic(self.stream)
             self.shape, _, dtype = np.lib.format.read_array_header_1_0(self.stream)
-            self.start = self.stream.tell()
-            if dtype != np.uint8 or len(self.shape) != 5 or len(self.labels) != self.shape[0]:
-                raise ValueError(f"{dtype} {self.shape} with {len(self.labels)} labels is not uint8 (n, T, H, W, 3)")
+            self.start, (n, T, R, *rest) = self.stream.tell(), self.shape
+            if dtype != np.uint8 or rest != [R, 3] or n != len(self.labels):
+                raise ValueError(f"{dtype} videos {self.shape}, {len(self.labels)} labels, not uint8 (n, T, R, R, 3)")
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{path} is not a samples.npz of sample.py: {error}") from error
-        if self.shape[2:] != want[1:] or self.shape[1] < want[0]:
-            raise SystemExit(f"{path} holds clips (T, H, W, 3) = {self.shape[1:]} where {want} are asked for: change --dataset, "
-                             f"or give --frames {self.shape[1]} --resolution {self.shape[2]}")
-        if self.settings.get("stride", self.cfg.stride) != self.cfg.stride:
-            print(f"warning: {path} has stride {self.settings['stride']}, not {self.cfg.stride}: another motion")
+        self.kind = dict(frames=T, stride=self.settings.get("stride", 1), resolution=R)
+        self.classes = self.settings.get("classes") or []
 
-    def __len__(self):
-        return len(self.picks)
-
-    def __getitem__(self, i):
-        pick = int(self.picks[i])
-        if not self.stream:
-            clip, _ = self.videos[pick, [self.cfg.seed, pick]]                      # (T, 3, R, R)
-            return ((clip + 1) * 127.5).round() / 127.5 - 1
-        size = int(np.prod(self.shape[1:]))
-        self.stream.seek(self.start + pick * size)
+    def __getitem__(self, key):
+        i, size = key[0], int(np.prod(self.shape[1:]))
+        self.stream.seek(self.start + i * size)
         video = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8).view(self.shape[1:])
-        return video[:self.cfg.frames].permute(0, 3, 1, 2) / 127.5 - 1              # (T, 3, R, R)
+        return video.permute(0, 3, 1, 2) / 127.5 - 1, int(self.labels[i])           # (T, 3, R, R)
 
 
-@torch.no_grad()
-def measure(sides, functions, cfg, device, title):
-    """Read the clips once, the sides in step, and keep what each function makes of them.
+def open_sides(cfg):
+    """Both sides as datasets, and cfg with the frames, stride and resolution of the samples.npz among them."""
+    files = {spec: NpzVideos(spec) for spec in (cfg.real, cfg.fake) if spec.endswith(".npz")}
+    toy, sides = "toy" in (cfg.real, cfg.fake), []
+    for key, value in dict(frames=8 if toy else 16, stride=1, resolution=32 if toy else 128).items():
+        values = {file.kind[key] for file in files.values()} or {value}
+        if getattr(cfg, key) < 0 and len(values) > 1:
+            raise SystemExit(f"the sides differ in {key}, {sorted(values)}: choose with --{key}")
+        cfg = dataclasses.replace(cfg, **{key: min(values) if getattr(cfg, key) < 0 else getattr(cfg, key)})
+    for spec, split in ((cfg.real, cfg.split), (cfg.fake, cfg.split if cfg.fake.startswith("ucf:") else "all")):
+        root, kind = Path(spec.removeprefix("ucf:")), files[spec].kind if spec in files else vars(cfg)
+        if spec != "toy" and spec not in files and not root.is_dir():
+            raise SystemExit(f"{spec} is no folder; a side is a samples.npz, a folder of videos, ucf:PATH or toy")
+        if kind["frames"] < cfg.frames or kind["resolution"] != cfg.resolution:
+            raise SystemExit(f"{spec} has {kind}, which --frames {cfg.frames} --resolution {cfg.resolution} cannot use")
+        wanted = dict(vars(cfg), dataset="toy" if spec == "toy" else "folder", data_root=root, split=split, flip=False)
+        wanted["out"] = Path(cfg.out).parent / f"index-{root.name}"
+        sides.append(files.get(spec) or build_dataset(SimpleNamespace(**wanted)))
+        if min(cfg.n, len(sides[-1].labels)) < 4:
+            raise SystemExit(f"{spec} has {len(sides[-1].labels)} clips, --n is {cfg.n}: 4 are the least")
+    return *sides, cfg
 
-    Shapes:  functions {name: one video (B, T, 3, R, R) of each side -> (B, k)} -> {name: (n, k) on the CPU}
-    """
-    kept = {name: [] for name in functions}
-    loaders = [torch.utils.data.DataLoader(side, cfg.batch) for side in sides]
-    for videos in tqdm(zip(*loaders), total=len(loaders[0]), desc=title, unit="batch"):
-        videos = [video.to(device) for video in videos]
+
+def drawn(side, cfg):
+    """The numbers of the clips that are measured: up to n, one a video, drawn by the seed, in the order of the disk."""
+    return np.sort(np.random.default_rng(cfg.seed).permutation(len(side.labels))[:cfg.n])
+
+
+def read(side, numbers, cfg):
+    """Clips by number, on the levels of bytes, the same for every side. Shapes: (b,) -> (b, T, 3, R, R)."""
+    clips = torch.stack([side[int(i), [cfg.seed, int(i)]][0][:cfg.frames] for i in numbers])        # (b, T, 3, R, R)
+    return ((clips + 1) * 127.5).round() / 127.5 - 1
+
+
+def measure(sides, functions, cfg, device):
+    """Read the sides once, in step, in batches. {name: f(one (b, T, 3, R, R) a side) -> (b, k)} -> {name: (n, k)}."""
+    kept, numbers = {}, [drawn(side, cfg) for side in sides]
+    for i in tqdm(range(0, len(numbers[0]), cfg.batch), desc="clips", unit="batch"):
+        videos = [read(side, which[i:i + cfg.batch], cfg).to(device) for side, which in zip(sides, numbers)]
         for name, function in functions.items():
-            kept[name].append(function(*videos).float().cpu())
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+            found = function(*videos)                                               # (b, k)
+            # Filled in place: small tensors that stay between large ones that go would keep the memory growing.
+            kept.setdefault(name, torch.empty(len(numbers[0]), found.shape[1]))[i:i + cfg.batch] = found
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------- weight tokens
@@ -324,12 +326,11 @@ def token_rows(path, seed):
              dead where the variance of its mean over clips is below 0.01 (Burda et al., arXiv 1509.00519)
     """
     try:
-        cache, about = np.load(path, mmap_mode="r"), json.loads(Path(path).with_suffix(".json").read_text())
-        (M, _, N, d), video = cache.shape, np.array(about["videos"])
-        if len(video) != M:
-            raise ValueError(f"{M} clips in the npy, {len(video)} in the json")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} is not a token cache of nerv_dit.py, an npy with a json beside it: {error}") from error
+        cache = np.load(path, mmap_mode="r")
+        M, _, N, d = cache.shape
+        video = np.array(json.loads(Path(path).with_suffix(".json").read_text())["videos"]).reshape(M)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{path} is not a token cache of nerv_dit.py, npy with json beside it: {error}") from error
     rng, sums, powers = torch.Generator().manual_seed(seed), torch.zeros(3, N, d).double(), torch.zeros(4).double()
     for start in tqdm(range(0, M, 256), desc="tokens", unit="batch"):
         mean, logvar = torch.from_numpy(cache[start:start + 256, :2].astype(np.float64)).unbind(1)  # (b, N, d) each
@@ -358,104 +359,110 @@ def token_rows(path, seed):
 
 def nearest_rows(real, fake, found, cfg):
     """Is it memorised? A sheet of fake clips, each over the real ones nearest in features and in pixels; one row."""
-    picks = np.unique(np.linspace(0, len(fake) - 1, cfg.nearest).astype(int))
-    near = [torch.cdist(found["fake"][key][picks], found["real"][key]).argmin(1) for key in ("features", "thumbnail")]
-    trios = torch.stack([clip for f, a, b in zip(picks, *near) for clip in (fake[f], real[a], real[b])])
+    chosen = np.unique(np.linspace(0, len(found["fake"]["features"]) - 1, cfg.nearest).astype(int))
+    near = [torch.cdist(found["fake"][key][chosen], found["real"][key]).argmin(1) for key in ("features", "thumbnail")]
+    clips = [read(fake, drawn(fake, cfg)[chosen], cfg), *(read(real, drawn(real, cfg)[places], cfg) for places in near)]
+    trios = torch.stack(clips, 1).flatten(0, 1)                                     # (3k, T, 3, R, R)
     shown = trios[:, np.linspace(0, cfg.frames - 1, min(8, cfg.frames)).astype(int)]                # (3k, 8, 3, R, R)
     sheet = Path(cfg.out).with_suffix(".png")
     save_video(sheet, tile(shown.flatten(0, 1)[:, None], shown.shape[1]), scale=1)
     a, b = found["fake"]["features"], found["real"]["features"]
     among = torch.cdist(b, b).fill_diagonal_(torch.inf).amin(1).median()
-    return {"nearest real": (torch.cdist(a, b).amin(1).median().item(), f"median distance in features, {among:.4g} between "
-                             f"real clips; {sheet}: fake, nearest in features, in pixels (16 x 16 x 4)")}
+    note = f"median distance in features, {among:.4g} between real clips; {sheet}: fake, nearest in features, in pixels"
+    return {"nearest real": (torch.cdist(a, b).amin(1).median().item(), note)}
 
 
+@torch.no_grad()
 def compare(cfg):
     """Measure the fake side against the real one. Returns {name: (value, note)} and the protocol."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")       # TF32 would move the numbers from card to card
     torch.backends.cudnn.allow_tf32 = False
-    for least, why in ((10 if cfg.features == "i3d" else 3, f"--features {cfg.features}"), (16 if cfg.c3d else 0, "--c3d"),
-                       (cfg.action_similarity * 3 // 2, "--action-similarity")):
-        if cfg.frames < least:
-            raise SystemExit(f"{why} needs clips of {least} frames or more: --frames {least}, or --features random")
-    real, fake = Side(cfg.real, cfg, cfg.split), Side(cfg.fake, cfg, cfg.split if cfg.fake.startswith("ucf:") else "all")
-    pair = "pair" in real.settings and real.settings["pair"] == fake.settings.get("pair")
+    real, fake, cfg = open_sides(cfg)
+    window, least = cfg.action_similarity, 10 if cfg.features == "i3d" else 3
+    if cfg.frames < max(least, 16 if cfg.c3d else 0, window * 3 // 2) or 0 < window < least:
+        raise SystemExit("too few --frames: I3D needs 10, --features random 3, C3D 16, --action-similarity 1.5 windows")
+    about = {"real": getattr(real, "settings", {}), "fake": getattr(fake, "settings", {})}
+    pair = cfg.paired or "pair" in about["real"] and about["real"]["pair"] == about["fake"].get("pair")
     lpips_net = cfg.lpips_net if cfg.lpips_net != "auto" else "alex" if pair else "none"
-    if (pair or cfg.paired) and real.total != fake.total:
-        raise SystemExit(f"paired measurements need equally many clips, not {real.total} and {fake.total}: --no-paired")
+    if pair and len(real.labels) != len(fake.labels):
+        raise SystemExit(f"pairs need equally many clips, not {len(real.labels)} and {len(fake.labels)}")
+    if cfg.resolution < 32 and (pair or lpips_net != "none"):
+        raise SystemExit(f"SSIM and LPIPS need 32 x 32 pixels or more, not --resolution {cfg.resolution}")
 
     if cfg.features == "i3d":
         network, name, sha256 = load_i3d(cfg.i3d, device), "FVD", I3D_SHA256
     elif cfg.features != "random":
-        net, sha256 = load_torchscript(cfg.features, device)
-        network, name = lambda video: net(video.transpose(1, 2)).flatten(1), f"FD-{Path(cfg.features).stem}"
+        other, sha256 = load_torchscript(cfg.features, device)
+        network, name = lambda video: other(video.transpose(1, 2)).flatten(1), f"FD-{Path(cfg.features).stem}"
     else:
         network, name, sha256 = random_features, "FD-random", "none: drawn from seed 0"
-        print("FD-random compares fixed random convolutions: it ranks damage to the same footage, but it is not FVD, "
-              "knows no objects or actions, and compares with no published number")
+        print("FD-random is not FVD: random convolutions rank damage to footage, but know no objects and no actions, "
+              "and no published number compares with it")
+    c3d = load_torchscript(cfg.c3d, device)[0] if cfg.c3d else None
+    net = load_lpips(lpips_net, device) if lpips_net != "none" else None
 
     def features(video):
         if cfg.fvd_resolution:
             small = F.interpolate(video.flatten(0, 1), [cfg.fvd_resolution] * 2, mode="bilinear", antialias=True)
             video = ((small.unflatten(0, video.shape[:2]) + 1) * 127.5).round() / 127.5 - 1         # (B, T, 3, r, r)
         return network(video)
-    each = {"features": features}                       # VBench's flickering (arXiv 2311.17982): 1 for a still
-    each["flickering"] = lambda video: 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
-    both = {"PSNR": psnr, "SSIM": ssim} if pair or cfg.paired else {}
+
+    each = {"features": features, "flickering": lambda video: 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2}
     if cfg.c3d:
-        c3d, _ = load_torchscript(cfg.c3d, device)
-        each["c3d"] = lambda video: c3d(to_bytes(video))
+        each["c3d"] = lambda video: c3d(to_bytes(video[:, :16]))
     if cfg.nearest:
         each["thumbnail"] = lambda video: F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 16, 16)).flatten(1)
-    if cfg.action_similarity:
-        each["action similarity"] = lambda video: action_similarity(video, features, cfg.action_similarity)
-    if lpips_net != "none":
-        net = load_lpips(lpips_net, device)
+    if window:
+        each["action similarity"] = lambda video: action_similarity(video, features, window)
+    both = {"PSNR": psnr, "SSIM": ssim} if pair else {}
+    if net:
         each["fLPIPS"] = lambda video: lpips_distance(video[:, 1:], video[:, :-1], net)
-        both = both and {**both, "LPIPS": lambda a, b: lpips_distance(a, b, net)}
-
-    found = {title: measure([side], each, cfg, device, title) for title, side in (("real", real), ("fake", fake))}
+        both.update({"LPIPS": lambda a, b: lpips_distance(a, b, net)} if pair else {})
+    found = {title: measure([side], each, cfg, device) for title, side in (("real", real), ("fake", fake))}
     rows = frechet_rows(name, found["real"]["features"], found["fake"]["features"], cfg)
+    notes = {"flickering": "VBench's formula, 1 for a still", "fLPIPS": f"neighbouring frames, {lpips_net}",
+             "action similarity": f"{window}-frame windows", "LPIPS": lpips_net}
     for title, kept in found.items():
         if name == "FVD":
             rows[f"IS {title}"] = inception_score(kept["features"].softmax(1)), "of I3D's 400 classes, one split"
         if cfg.c3d:
-            rows[f"IS-C3D {title}"] = inception_score(kept["c3d"]), "of C3D's classes, one split"
-        for key in [key for key in ("flickering", "fLPIPS", "action similarity") if key in kept]:
-            rows[f"{key} {title}"] = kept[key].mean().item(), "mean over clips" + f", {lpips_net}" * (key == "fLPIPS")
-    for key, value in (measure([real, fake], both, cfg, device, "pairs") if both else {}).items():
-        rows[key] = value.mean().item(), f"mean over frames of {len(real)} pairs" + f", {lpips_net}" * (key == "LPIPS")
+            rows[f"IS-C3D {title}"] = inception_score(kept["c3d"]), "of C3D's classes, first 16 frames, one split"
+        rows.update({f"{key} {title}": (kept[key].mean().item(), note) for key, note in notes.items() if key in kept})
+    for key, value in (measure([real, fake], both, cfg, device) if pair else {}).items():
+        rows[key] = value.mean().item(), f"mean over the frames of {len(value)} pairs; {notes.get(key, 'no network')}"
+    if name == "FVD":
+        black, white = (network(torch.full((1, 30, 3, 64, 64), value, device=device)) for value in (-1.0, 1.0))
+        rows["I3D check"] = (black - white).square().sum().item(), "FVD of black against white clips: 151.26 elsewhere"
     if cfg.nearest:
         rows.update(nearest_rows(real, fake, found, cfg))
 
-    protocol = dict(vars(cfg), features_sha256=sha256, device=device, torch=torch.__version__,
-                    resize="shorter side, bilinear, antialias; centre crop; rounded to bytes")
+    protocol = {key: value for key, value in vars(cfg).items() if value != ""}
+    protocol.update(resize_filter="shorter side, bilinear, antialias; centre crop; rounded to bytes", device=device,
+                    lpips_net=lpips_net, features_sha256=sha256, torch=torch.__version__)
     for title, side in (("real", real), ("fake", fake)):
-        label, count = np.unique(side.labels[side.picks], return_counts=True)
-        names = [str(side.classes[k]) if k < len(side.classes) else str(k) for k in label]
-        protocol.update({f"clips_{title}": f"{len(side)} of {side.total}", f"labels_{title}": dict(zip(names, count.tolist()))})
-    for key in ("kind", "sampler", "sample_steps", "guidance", "vae_sha256", "dit_sha256"):
-        protocol[f"fake_{key}"] = fake.settings.get(key, "not recorded")
+        labels = side.labels[drawn(side, cfg)]
+        names = (side.classes[k] if 0 <= k < len(side.classes) else str(k) for k in labels)
+        protocol.update({f"{title}_clips": f"{len(labels)} of {len(side.labels)}", f"{title}_labels": Counter(names)})
+        protocol.update({f"{title}_{key}": value for key, value in about[title].items() if key != "classes"})
     return rows, protocol
 
 
 def main(argv=None):
     """Command line: print the table and its protocol, write both to --out. Returns that path."""
     cfg = parse_config(Config, PRESETS, argv)
-    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # deprecations that no user of this file can mend
+    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # deprecations that lpips and torch have to mend
     if bool(cfg.real) != bool(cfg.fake) or not (cfg.real or cfg.tokens):
         raise SystemExit("nothing to measure: give both --real A and --fake B, or --tokens PATH")
-    rows, protocol = compare(cfg) if cfg.real else ({}, dict(seed=cfg.seed))
+    rows, protocol = compare(cfg) if cfg.real else ({}, dict(tokens=cfg.tokens, seed=cfg.seed))
     if cfg.tokens:
         rows.update(token_rows(cfg.tokens, cfg.seed))
-        protocol["tokens"] = cfg.tokens
     for name, (value, note) in rows.items():
         print(f"{name:<24}{value:>12.5g}   {note}")
     for key, value in protocol.items():
-        if isinstance(value, dict):
+        if isinstance(value, Counter):
             value = f"{len(value)} classes, {min(value.values())} to {max(value.values())} clips each"
-        print(f"  {key:<18}{value}")
+        print(f"  {key:<20}{value}")
     path, results = Path(cfg.out), {name: dict(value=value, note=note) for name, (value, note) in rows.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(results=results, protocol=protocol), indent=1))

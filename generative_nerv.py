@@ -13,6 +13,7 @@ A feature map is laid out time-major, (T * B, c, H, W), so that "one group a vid
 import argparse
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -146,15 +147,15 @@ class ModulatedConv2d(nn.Module):
         self.head = head or nn.Linear(cfg.token_dim, self.per_token, bias=False)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(cfg.token_dim))         # unit tokens give unit numbers
         self.scale = cfg.kernel_init if self.mode == "channel" else 0.3             # choice: a gain of 1 +- 0.3
-        # What keeps every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but
-        # a pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
+        # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but a
+        # pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
         inputs = size // 2 if kind in ("transposed", "pixelshuffle") else size
         seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
         # Second, the mean square is 1/2 after sines and 0.4256 after GELU of a unit normal; toRGB feeds tanh as it is.
         self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.block >= 0 else 2 ** 0.5)
 
     def generated(self, tokens):
-        """Numbers that this layer takes from the tokens. Shapes: (B, N, d) -> (B, numel); one token = one run of them."""
+        """Numbers this layer takes from the tokens, one run a token. Shapes: (B, N, d) -> (B, numel)."""
         values = self.head(tokens[:, self.tokens])[..., :self.per_token]            # (B, n, per_token)
         return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
 
@@ -192,13 +193,14 @@ class ModulatedConv2d(nn.Module):
             y = convolve(x, self.shared, kind)                                      # (T*B, c_out, H', W')
             y = y.view(TB // B, B, c_out, *y.shape[-2:])                            # (T, B, c_out, H', W')
             own = own.view(TB // B, B, go, *y.shape[-2:])
-            y = torch.cat([y[:, :, :go] + own, y[:, :, go:]], 2) if go < c_out else y + own
-            y = (y * scale[:, :, None, None] + self.bias[:, None, None]).flatten(0, 1)              # (T*B, c_out, H', W')
+            y[:, :, :go] += own
+            y = torch.addcmul(self.bias[:, None, None], y, scale[:, :, None, None])
+            y = y.flatten(0, 1)                                                     # (T*B, c_out, H', W')
         return F.pixel_shuffle(y, 2) if kind == "pixelshuffle" else y
 
 
 class PlainConv2d(nn.Module):
-    """The same layer with one video's kernel filled in: an ordinary convolution. Shapes: (T, c_in, H, W) -> (T, ...)."""
+    """The same layer with one video's kernel filled in. Shapes: (T, c_in, H, W) -> (T, c_out, H', W')."""
 
     def __init__(self, conv, tokens):
         super().__init__()
@@ -234,7 +236,7 @@ def render(layers, convs, x, side):
             continue
         x = F.gelu(conv(x))                                                         # (n, c, size, size)
         if side == "residual" and after.block != layer.block:
-            x = (x + upsample_side(block_in, x.shape[1])) / math.sqrt(2)            # keeps unit scale (StyleGAN2; choice)
+            x = (x + upsample_side(block_in, x.shape[1])) / math.sqrt(2)            # unit scale, as StyleGAN2
             block_in = x
     return rgb.tanh()
 
@@ -296,3 +298,36 @@ class GenerativeNeRV(nn.Module):
         Shapes:  tokens (N, d) -> PlainNeRV, frame (T,) -> (T, 3, H, W); equals forward(tokens[None], frame)[0]
         """
         return PlainNeRV(self, tokens)
+
+
+# ---------------------------------------------------------------------------------------------- Table A1
+
+def flops(layer):
+    """Floating-point operations of a layer for one frame, two for each multiply-add."""
+    applied = layer.size // 2 if layer.kind in ("transposed", "pixelshuffle") else layer.size
+    return 2 * layer.c_in * layer.c_out * layer.k ** 2 * applied ** 2
+
+
+def main(argv=None):
+    """Print Table A1 for a width and a resolution, layer by layer."""
+    parser = argparse.ArgumentParser(description="Table A1 of the paper: the layers of the decoder.")
+    parser.add_argument("--model", default="S", help="S, B, L or a number of channels (default: S)")
+    parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels (default: 128)")
+    args = parser.parse_args(argv)
+    if args.model not in NERV_WIDTHS and not args.model.isdigit():
+        parser.error(f"--model {args.model} is not S, B, L or a number")
+    cfg = SimpleNamespace(**vars(args), gen_channels=64, pe_size=8, pe_dim=16, upsample="transposed", side="residual")
+    plan = layer_plan(cfg)
+    row = "{:<12} {:>18} {:>18} {:>18} {:>11} {:>12}"
+    print(row.format("layer", "feature map", "kernel in, out", "generated block", "parameters", "GFLOP/frame"))
+    for p in plan:
+        print(row.format(p.kind, f"[{p.c_out}, {p.size}, {p.size}]", f"[{p.c_in}, {p.c_out}, {p.k}, {p.k}]",
+                         f"[{p.gen_in}, {p.gen_out}, {p.k}, {p.k}]", f"{p.c_in * p.c_out * p.k ** 2:,}",
+                         f"{flops(p) / 1e9:.3f}"))
+    total, made = sum(p.c_in * p.c_out * p.k ** 2 for p in plan), sum(p.gen_in * p.gen_out * p.k ** 2 for p in plan)
+    print(f"kernels {total / 1e6:.3f}M, of which generated for each video {made / 1e6:.3f}M ({made / total:.1%}); "
+          f"{16 * sum(map(flops, plan)) / 1e12:.3f} TFLOP for 16 frames")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ Ranges:  tokens are normalised to mean 0, std 1 in here. `t` is diffusion time, 
          almost noise. `guidance` 1 means off.
 """
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
-from nerv_vae import (Attention, Block, learning_rate, load_checkpoint, load_vae, mlp, pick_device, resume_or_start,
-                      save_checkpoint, sinusoids, update_ema)
+from nerv_vae import (Attention, Block, learning_rate, listen_for_stop, load_checkpoint, load_vae, mlp, pick_device,
+                      resume_or_start, save_checkpoint, sinusoids, update_ema)
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ class Config:
     class_dropout: float = 0.1      # how often the class is hidden in training, for guidance (choice: as DiT)
     # loss
     min_snr_gamma: float = 5.0      # Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
-    scheduled_sampling: float = 0.5     # probability of a second pass on the model's own step; 0 is off (Table 3b; choice)
+    scheduled_sampling: float = 0.5     # chance of a second pass, on the model's own step; 0 is off (Table 3b)
     ss_ramp: float = 0.3            # the probability rises linearly over this share of training (choice: as LARP)
     ss_stride: int = 1              # the own step goes from t to t - stride (paper: 1)
     # optimisation
     batch: int = 64                 # B, token sets per step (choice for the paper presets: 256, as DiT)
     steps: int = 2000               # optimizer steps (paper A.1: 1M)
     lr: float = 1e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
-    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1 names both, not the length)
+    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that sampling uses (choice)
     # sampling
@@ -75,7 +74,7 @@ class Config:
     eval_every: int = 1000          # steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
     seed: int = 0                   # fixes initial weights, clips and noise
-    resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over and keeps the old one as ckpt.old.pt
+    resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
 
 
 PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
@@ -94,12 +93,12 @@ def cache_tokens(cfg, vae, device):
     its tokens; beside it a .json with `labels`, `videos` (which source video a row comes from) and `classes`. The key
     hashes the tokenizer's checkpoint and everything that decides the clips, so a stale cache is never read.
     """
-    data_cfg = dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=cfg.data_root or vae.cfg.data_root, out=cfg.out)
-    clips = build_dataset(data_cfg)
+    root = cfg.data_root or vae.cfg.data_root
+    clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=cfg.out))
     with_condition = cfg.condition in ("frames", "image", "edge")
     keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
-    what = [file_hash(cfg.vae), [str(f) for f in clips.files or []], clips.labels.tolist(), cfg.clips_per_video, cfg.seed,
-            vae.cfg.split, cfg.condition if with_condition else ""]
+    what = [file_hash(cfg.vae), [str(f) for f in clips.files or []], clips.labels.tolist(), cfg.clips_per_video,
+            cfg.seed, cfg.condition if with_condition else ""]
     path = Path(cfg.out) / f"tokens-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,9 +309,8 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
 def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl and sample pictures. Returns the checkpoint's path."""
     device, path = pick_device(), Path(cfg.out) / "ckpt.pt"
-    vae = load_vae(cfg.vae, device)
-    ckpt = resume_or_start(cfg, device, {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "data_root",
-                                         "sampler", "sample_steps", "guidance"})
+    vae, tokenizer = load_vae(cfg.vae, device), file_hash(cfg.vae)
+    ckpt = resume_or_start(cfg, device)
     cache, meta = cache_tokens(cfg, vae, device)
     labels = torch.tensor(meta["labels"])
     classes = len(meta["classes"])
@@ -331,7 +329,7 @@ def train(cfg):
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
-    amp = torch.autocast(device.type, torch.bfloat16) if cfg.bf16 and device.type == "cuda" else contextlib.nullcontext()
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
     schedule = noise_schedule(device)
 
     def condition(rows, pairs):
@@ -339,10 +337,15 @@ def train(cfg):
             return (pairs[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
         return torch.full_like(labels[rows], classes).to(device) if cfg.condition == "none" else labels[rows].to(device)
 
+    def save():
+        save_checkpoint(path, dict(step=step, config=dataclasses.asdict(cfg), classes=meta["classes"],
+                                   vae_sha256=tokenizer, tokens=list(model.token_mean.shape),
+                                   **{key: thing.state_dict() for key, thing in state.items()}))
+
     print(f"stage 2 on {device}: {len(cache)} cached clips, {cfg.backbone} "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.which)} tokens")
     bar = tqdm(total=cfg.steps, initial=step, desc="stage 2", unit="step", smoothing=0.05)
-    since, shown_at, smooth = time.perf_counter(), step, None
+    since, shown_at, smooth, stop = time.perf_counter(), step, None, listen_for_stop()
     while step < cfg.steps:
         # 1. A batch of cached token sets; the draw from each posterior is new every time.
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
@@ -380,9 +383,7 @@ def train(cfg):
             with open(path.with_name("log.jsonl"), "a") as log:
                 log.write(json.dumps(row) + "\n")
             if step % cfg.eval_every == 0 or step == cfg.steps:
-                save_checkpoint(path, dict(step=step, config=dataclasses.asdict(cfg), classes=meta["classes"],
-                                           vae_sha256=file_hash(cfg.vae), tokens=list(model.which.shape[:1]) + [vae.cfg.token_dim],
-                                           **{key: thing.state_dict() for key, thing in state.items()}))
+                save()
                 pick = torch.arange(16) * len(cache) // 16
                 cond = condition(pick, torch.from_numpy(cache[pick.numpy()]).to(device).float())
                 noise = torch.randn(16, *model.token_mean.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -390,6 +391,11 @@ def train(cfg):
                 video = vae.decode(z, torch.arange(vae.cfg.frames, device=device).float()).cpu()    # (16, T, 3, H, W)
                 save_video(path.with_name(f"step_{step:06d}.gif"), tile(video, 4))
             since, shown_at = time.perf_counter(), step
+        if stop:
+            save()
+            bar.close()
+            print(f"stopped at step {step}; the same command continues {path}")
+            raise SystemExit(128 + stop[0])
     bar.close()
     return path
 

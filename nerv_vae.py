@@ -14,11 +14,11 @@ It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (on
 Letters: B videos, T frames, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
 """
-import contextlib
 import dataclasses
 import json
 import math
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,32 +42,32 @@ class Config:
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
     split: str = "all"              # all, train, test or a list of groups such as 1-19,23: the videos that train
     frames: int = 8                 # T, frames per clip (paper: 16)
-    stride: int = 1                 # frames of the file between two frames of a clip; 0 spreads them over the whole file
+    stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
     resolution: int = 32            # H = W in pixels (paper: 128 and 256)
     flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
     workers: int = 0                # loader processes; 0 reads in the training process
     # weight tokens and decoder
-    model: str = "32"               # decoder width D: S, B, L (128, 256, 512; paper A.2) or a number of channels
+    model: str = "16"               # decoder width D: S, B, L (128, 256, 512; paper A.2) or a number of channels
     tokens: int = 32                # N, weight tokens a video (paper: 128, and 160 at 256 x 256)
     token_dim: int = 32             # d, channels a weight token (paper: 128)
-    gen_channels: int = 16          # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
+    gen_channels: int = 8           # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
     pe_size: int = 8                # height and width of the positional input (paper Table 2c: 8 is best)
     pe_dim: int = 16                # sinusoids for each of time, height and width (paper A.2)
-    pe_base: float = 10000.0        # slowest sinusoid turns once in 2 pi times this many frames (choice: transformer's)
+    pe_base: float = 30.0           # slowest sinusoid turns once in 2 pi times this many frames (choice: transformer's)
     parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter a kernel (paper Table 2a)
     reuse: str = "heads"            # heads|direct|none: how layers share the tokens (paper Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
-    kernel_init: float = 1.0        # std of kernels at the start; smaller ones turn faster under Adam (choice)
+    kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
     # encoder
-    enc_depth: int = 4              # transformer blocks (paper: 18)
+    enc_depth: int = 3              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)
-    enc_dim: int = 192              # width of the transformer (paper: 896)
+    enc_dim: int = 128              # width of the transformer (paper: 896)
     patch: int = 8                  # patch height and width in pixels (paper: 8)
     patch_frames: int = 2           # patch depth in frames (paper: 1)
-    logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so that tokens carry signal at once
+    logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
-    kl_weight: float = 1e-5         # times the KL in nats summed over tokens and channels (paper A.1; sum: Table A12)
+    kl_weight: float = 1e-6         # times the KL in nats summed over tokens and channels (paper A.1; sum: Table A12)
     lpips_weight: float = 0.0       # perceptual loss (paper: 1); 0 downloads nothing
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
@@ -77,9 +77,9 @@ class Config:
     r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
     # optimisation
     batch: int = 16                 # B, clips per step (paper E.17: 32)
-    steps: int = 2000               # optimizer steps (paper A.1: 2M)
-    lr: float = 2e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
-    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1 names both, not the length)
+    steps: int = 3200               # optimizer steps (paper A.1: 2M)
+    lr: float = 1.5e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
+    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
     frames_per_step: int = 2        # frames decoded of each clip in a step, 0 for all: a frame needs no other to decode
@@ -89,16 +89,16 @@ class Config:
     checkpointing: bool = False     # recompute encoder activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # steps between lines of log.jsonl; the only time the GPU is waited for
-    eval_every: int = 500           # steps between held-out PSNR, pictures and checkpoints
+    eval_every: int = 800           # steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # fixes initial weights, clips and noise
-    resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over and keeps the old one as ckpt.old.pt
+    resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
 
 
 PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
-             enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1, lpips_weight=1.0, gan_weight=1.0,
-             gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4, warmup=10_000, ema=0.9999, frames_per_step=0,
-             bf16=True, compile=True, log_every=100, eval_every=10_000)
+             pe_base=10000.0, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
+             kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
+             lr=1e-4, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": {**PAPER, "split": "all"}, "folder": PAPER}
 
@@ -171,8 +171,9 @@ class NeRVEncoder(nn.Module):
     def forward(self, video):
         B, T, _, H, W = video.shape
         p, f = self.cfg.patch, self.cfg.patch_frames
-        x = video.view(B, T // f, f, 3, H // p, p, W // p, p).permute(0, 1, 4, 6, 2, 3, 5, 7)       # (B, t, h, w, f, 3, p, p)
-        x = self.embed(x.flatten(4).flatten(1, 3)) + self.place                     # (B, P, dim)
+        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)
+        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)              # (B, P, f*3*p*p)
+        x = self.embed(x) + self.place                                              # (B, P, dim)
         x = torch.cat([x, self.queries.expand(B, -1, -1)], 1)                       # (B, P+N, dim)
         for block in self.blocks:
             if self.cfg.checkpointing and self.training:
@@ -186,7 +187,7 @@ class NeRVEncoder(nn.Module):
 
 
 class NeRVVAE(nn.Module):
-    """Encoder and decoder. Shapes: video (B, T, 3, H, W), frame (k,) -> recon (B, k, 3, H, W), mean, logvar (B, N, d)."""
+    """Both halves. Shapes: video (B, T, 3, H, W), frame (k,) -> recon (B, k, 3, H, W), mean, logvar (B, N, d) each."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -216,7 +217,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        widths, size = [64, 128, 256, 256, 256, 256], np.array([cfg.frames_per_step or cfg.frames, cfg.resolution, cfg.resolution])
+        widths = [64, 128, 256, 256, 256, 256]
+        size = np.array([cfg.frames_per_step or cfg.frames, cfg.resolution, cfg.resolution])
         conv = lambda a, b: nn.Conv3d(a, b, 3, padding=1)
         self.stem = conv(3, widths[0])
         self.blocks = nn.ModuleList(
@@ -271,7 +273,7 @@ def critic_loss(critic, real, fake, r1_weight):
 # ---------------------------------------------------------------------------------------------- shared by both stages
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python so that no crash can leave half a file: temporary name, flush, rename."""
+    """Write a dict of tensors and plain Python to a temporary name, then rename it: no crash leaves half a file."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         torch.save(state, file)
@@ -290,7 +292,12 @@ def load_checkpoint(path, device, made_by):
         raise SystemExit(f"{path} is not a checkpoint of ours, or is damaged ({type(error).__name__})") from error
 
 
-def resume_or_start(cfg, device, harmless):
+# A run may continue with other values of these; any other change would silently make it another experiment.
+HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "data_root",
+            "sampler", "sample_steps", "guidance"}
+
+
+def resume_or_start(cfg, device):
     """The checkpoint to continue from, or None; refuses to continue with settings that differ where it matters."""
     path = Path(cfg.out) / "ckpt.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,9 +309,9 @@ def resume_or_start(cfg, device, harmless):
     ckpt = load_checkpoint(path, device, "this command")
     ours = dataclasses.asdict(cfg)
     differ = [f"--{k.replace('_', '-')} {v} (now {ours.get(k)})" for k, v in ckpt["config"].items()
-              if k not in harmless and ours.get(k) != v]
+              if k not in HARMLESS and ours.get(k) != v]
     if differ:
-        raise SystemExit(f"{path} was trained with {', '.join(differ)}; use those settings, another --out, or --no-resume")
+        raise SystemExit(f"{path} was trained with {', '.join(differ)}; use those, another --out, or --no-resume")
     print(f"continuing {path} at step {ckpt['step']} of {cfg.steps}; --no-resume starts over")
     return ckpt
 
@@ -317,11 +324,9 @@ def learning_rate(step, cfg):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Move averaged weights towards the new ones, faster in the first steps; buffers (BatchNorm) are copied."""
+    """Move averaged weights towards the new ones, faster in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for old, new in zip(ema.buffers(), model.buffers()):
-        old.copy_(new)
 
 
 def batches(dataset, cfg, start):
@@ -334,14 +339,55 @@ def batches(dataset, cfg, start):
                                        pin_memory=torch.cuda.is_available())
 
 
+class OneClip:
+    """A data set that is one clip of another one, over and over: what --overfit trains on."""
+
+    def __init__(self, dataset):
+        self.item, self.classes, self.files = dataset[0, 0], dataset.classes, None
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        return self.item
+
+
+def listen_for_stop():
+    """A list that SIGINT or SIGTERM puts its number into, so that the loop can finish its step, save and leave."""
+    seen = []
+
+    def note(number, _):
+        if seen:
+            raise KeyboardInterrupt                     # asked twice: do not wait for the step
+        seen.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return seen
+
+
 def pick_device():
-    """CUDA where there is one. Denormal floats are flushed: on a CPU they are many times slower and mean nothing here."""
+    """CUDA where there is one. Denormal floats are flushed: on a CPU they are slow and mean nothing here."""
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------- training
+
+@torch.no_grad()
+def measure_batchnorm(ema, dataset, cfg, device):
+    """Give the averaged weights BatchNorm statistics of their own, from 16 batches of training clips.
+
+    Those of the raw weights do not fit them: on toy clips that mismatch costs 1.3 dB after 1500 steps.
+    """
+    ema.encoder.norm.reset_running_stats()
+    ema.encoder.norm.momentum = None                    # a plain mean over the batches
+    ema.train()
+    for (video, _), _ in zip(batches(dataset, cfg, 0), range(min(16, cfg.steps))):
+        ema.encode(video.to(device))
+    ema.eval()
+
 
 @torch.no_grad()
 def evaluate(model, clips, picture):
@@ -363,12 +409,12 @@ def train(cfg):
     device, path = pick_device(), Path(cfg.out) / "ckpt.pt"
     if cfg.gan_weight and cfg.frames_per_step not in (0, cfg.frames):
         raise SystemExit("the discriminator looks at whole clips: --gan-weight needs --frames-per-step 0")
-    ckpt = resume_or_start(cfg, device, {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "data_root"})
-    clips = build_dataset(cfg)
-    held_out = clips if cfg.overfit else build_dataset(cfg, held_out=True)
-    name = "psnr_held_out" if len(held_out) and not cfg.overfit else "psnr_train"
-    source = held_out if len(held_out) else clips
-    shown = np.random.default_rng(0).permutation(len(source))[:1 if cfg.overfit else 64]
+    ckpt = resume_or_start(cfg, device)
+    clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)
+    if cfg.overfit:
+        clips, held_out = OneClip(clips), []
+    name, source = ("psnr_held_out", held_out) if len(held_out) else ("psnr_train", clips)
+    shown = np.random.default_rng(0).permutation(len(source))[:64]
     eval_clips = torch.stack([source[int(i), 0][0] for i in shown])                 # (n, T, 3, H, W)
 
     torch.manual_seed(cfg.seed)
@@ -391,7 +437,7 @@ def train(cfg):
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
-    amp = torch.autocast(device.type, torch.bfloat16) if cfg.bf16 and device.type == "cuda" else contextlib.nullcontext()
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
 
     def save():
         save_checkpoint(path, dict(step=step, config=dataclasses.asdict(cfg), classes=clips.classes,
@@ -401,10 +447,10 @@ def train(cfg):
     print(f"stage 1 on {device}: {len(clips)} videos, encoder {size[0] / 1e6:.2f}M, decoder {size[1] / 1e6:.2f}M "
           f"parameters, {cfg.tokens} tokens of {cfg.token_dim}")
     bar = tqdm(total=cfg.steps, initial=step, desc="stage 1", unit="step", smoothing=0.05)
-    since, shown_at = time.perf_counter(), step
+    since, shown_at, stop = time.perf_counter(), step, listen_for_stop()
     for video, _ in batches(clips, cfg, step):
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
-        video = (eval_clips.expand(cfg.batch, -1, -1, -1, -1) if cfg.overfit else video).to(device, non_blocking=True)
+        video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W)
         k = cfg.frames_per_step or cfg.frames
         frame = torch.randperm(cfg.frames)[:k].sort()[0].to(device)                 # (k,)
 
@@ -448,10 +494,12 @@ def train(cfg):
 
         if step % cfg.log_every == 0 or step == cfg.steps:
             row = dict(step=step, loss=loss.item(), mse=mse.item(), psnr=psnr_from_mse(mse),
-                       kl_per_dim=kl.mean().item(), token_std=mean.std().item(), posterior_std=(logvar / 2).exp().mean().item(),
+                       kl_per_dim=kl.mean().item(), token_std=mean.std().item(),
+                       posterior_std=(logvar / 2).exp().mean().item(),
                        **{key: value.item() for key, value in parts.items()}, lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
             if step % cfg.eval_every == 0 or step == cfg.steps:
+                measure_batchnorm(ema, clips, cfg, device)
                 row[name] = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
                 bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel")
                 save()
@@ -459,6 +507,11 @@ def train(cfg):
             with open(path.with_name("log.jsonl"), "a") as log:
                 log.write(json.dumps(row) + "\n")
             since, shown_at = time.perf_counter(), step
+        if stop:
+            save()
+            bar.close()
+            print(f"stopped at step {step}; the same command continues {path}")
+            raise SystemExit(128 + stop[0])
     bar.close()
     return path
 

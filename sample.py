@@ -41,7 +41,7 @@ class Config:
     time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
     extrapolate: int = 0            # frames beyond the last trained one (paper Sec. 4.5.1)
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
-    predict: str = ""               # a video file to continue, animate or redraw, as the DiT's condition says (Sec. 4.3, E.7)
+    predict: str = ""               # a video file to continue, animate or redraw (Sec. 4.3, E.7)
     # how
     sampler: str = ""               # ddpm or ddim; empty: as the DiT was configured
     sample_steps: int = 0           # 0: as the DiT was configured
@@ -66,7 +66,8 @@ def pick_labels(wanted, names, n):
         elif str(word).isdigit() and int(word) < len(names):
             chosen.append(int(word))
         else:
-            raise SystemExit(f"no class {word!r}; the classes are " + ", ".join(f"{i} {c}" for i, c in enumerate(names)))
+            listed = ", ".join(f"{i} {c}" for i, c in enumerate(names))
+            raise SystemExit(f"no class {word!r}; the classes are {listed}")
     return [chosen[i % len(chosen)] for i in range(n)]
 
 
@@ -124,6 +125,18 @@ class VideoStore:
         self.note.unlink()
 
 
+def clip_shape(vae):
+    """(T, H, W, 3) of a clip in an .npz."""
+    return vae.cfg.frames, vae.cfg.resolution, vae.cfg.resolution, 3
+
+
+def clip_settings(vae):
+    """What a measurement must know about the clips of a tokenizer."""
+    c = vae.cfg
+    return dict(dataset=c.dataset, classes=vae.classes, frames=c.frames, stride=c.stride, resolution=c.resolution,
+                split=c.split, vae_sha256=vae.sha256, vae_step=vae.step)
+
+
 def load_videos(path, count):
     """The first videos of an .npz of ours as floats. Shapes: -> (count, T, 3, H, W) in [-1, 1]."""
     with np.load(path) as file:
@@ -145,11 +158,9 @@ def reconstruct(cfg, vae, device, out):
         clips, which = build_dataset(vae.cfg), "training (nothing was held out: --split all)"
     order = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]
     frame = torch.arange(vae.cfg.frames, device=device).float()
-    settings = dict(pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, classes=vae.classes, frames=vae.cfg.frames,
-                    stride=vae.cfg.stride, resolution=vae.cfg.resolution, split=vae.cfg.split, seed=cfg.seed,
-                    vae_sha256=vae.sha256, vae_step=vae.step)
-    shape = (len(order), vae.cfg.frames, vae.cfg.resolution, vae.cfg.resolution, 3)
-    stores = [VideoStore(out / f"{kind}.npz", shape, dict(kind=kind, **settings)) for kind in ("original", "reconstruction")]
+    kinds, shape = ("original", "reconstruction"), (len(order), *clip_shape(vae))
+    settings = dict(clip_settings(vae), pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, seed=cfg.seed)
+    stores = [VideoStore(out / f"{kind}.npz", shape, dict(kind=kind, **settings)) for kind in kinds]
     labels, psnr, done = [int(clips.labels[i]) for i in order], [], min(store.done for store in stores)
     for store in stores:
         store.done = done
@@ -161,8 +172,8 @@ def reconstruct(cfg, vae, device, out):
         stores[1].add(recon)
     for store in stores:
         store.close(labels)
-    pair = [load_videos(out / f"{kind}.npz", 8) for kind in ("original", "reconstruction")]         # (8, T, 3, H, W) each
-    save_video(out / "reconstruction.gif", tile(torch.cat([*pair, (pair[1] - pair[0]).abs() - 1]), len(pair[0])), cfg.fps)
+    a, b = (load_videos(out / f"{kind}.npz", 8) for kind in kinds)                  # (8, T, 3, H, W) each
+    save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a)), cfg.fps)
     if psnr:
         print(f"{len(psnr)} {which} clips: PSNR {np.mean(psnr):.2f} dB (mean over frames, then clips)")
     print(f"wrote {out}/original.npz, reconstruction.npz and reconstruction.gif (original, reconstruction, difference)")
@@ -170,12 +181,11 @@ def reconstruct(cfg, vae, device, out):
 
 def generate(cfg, vae, dit, device, out, how):
     """n videos into samples.npz, and the first ones as mp4, gif and contact sheet. Returns tokens of the first two."""
-    labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [len(dit.class_names)] * cfg.n
-    frame = torch.arange(vae.cfg.frames, device=device).float()
-    settings = dict(kind="samples", classes=dit.class_names, frames=vae.cfg.frames, stride=vae.cfg.stride,
-                    resolution=vae.cfg.resolution, split=vae.cfg.split, seed=cfg.seed, batch=cfg.batch, labels_drawn="in turn",
-                    vae_sha256=vae.sha256, dit_sha256=file_hash(cfg.dit), dit_step=dit.step, n=cfg.n, asked=cfg.classes, **how)
-    store = VideoStore(out / "samples.npz", (cfg.n, vae.cfg.frames, vae.cfg.resolution, vae.cfg.resolution, 3), settings)
+    none, frame = len(dit.class_names), torch.arange(vae.cfg.frames, device=device).float()
+    labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
+    settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
+                    labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step, **how)
+    store = VideoStore(out / "samples.npz", (cfg.n, *clip_shape(vae)), settings)
 
     def tokens_of(first, count):
         noise = noise_for(first, count, dit.token_mean.shape, cfg.seed).to(device)
@@ -230,18 +240,19 @@ def render_times(cfg, vae, device, out, tokens):
 def predict(cfg, vae, dit, device, out, how):
     """Generate from a real video what the DiT was trained to: its future, its motion, or it from its edges."""
     if not dit.by_tokens:
-        raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; --predict needs a DiT trained with "
-                         "--condition frames, image or edge")
+        raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; --predict needs a DiT trained "
+                         "with --condition frames, image or edge")
     clip = file_tokens(cfg.predict, vae, device)[1]                                 # (T, 3, H, W)
     shown = condition_video(clip, dit.cfg.condition)
     cond = (vae.encode(shown[None].to(device))[0] - dit.token_mean) / dit.token_std # (1, N, d)
     noise = noise_for(0, cfg.n, dit.token_mean.shape, cfg.seed).to(device)
-    tokens = sample_tokens(dit, cond.expand(cfg.n, -1, -1), noise, how["sampler"], how["sample_steps"], 1.0, cfg.seed, True)
+    tokens = sample_tokens(dit, cond.expand(cfg.n, -1, -1), noise, how["sampler"], how["sample_steps"], seed=cfg.seed,
+                           progress=True)                                           # (n, N, d)
     videos = vae.decode(tokens, torch.arange(vae.cfg.frames, device=device).float()).cpu()          # (n, T, 3, H, W)
     rows = torch.cat([torch.stack([clip, shown]), videos])
     save_video(out / "predict.gif", tile(rows, 6), cfg.fps, scale=max(1, 96 // videos.shape[-1]))
     save_video(out / "predict.png", film_strips(rows[:8]), scale=max(1, 96 // videos.shape[-1]))
-    print(f"wrote {out}/predict.gif and .png: the video, what the model was shown ({dit.cfg.condition}), {cfg.n} answers")
+    print(f"wrote {out}/predict.gif and .png: the video, what was shown ({dit.cfg.condition}), {cfg.n} answers")
 
 
 def main(argv=None):
@@ -261,15 +272,17 @@ def main(argv=None):
         vae = load_vae(path, device)
         vae.sha256 = file_hash(path)
         if vae.sha256 != dit.vae_sha256:
-            raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (sha256 {dit.vae_sha256[:12]}, "
-                             f"here {vae.sha256[:12]}); give that one with --vae, or train again: python nerv_dit.py --no-resume")
+            raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (its sha256 starts "
+                             f"{dit.vae_sha256[:12]}, not {vae.sha256[:12]}); give that one with --vae, or train "
+                             "again: python nerv_dit.py --no-resume")
         guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)
-        how = dict(sampler=cfg.sampler or dit.cfg.sampler, sample_steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
+        how = dict(sampler=cfg.sampler or dit.cfg.sampler, sample_steps=cfg.sample_steps or dit.cfg.sample_steps,
+                   guidance=guidance)
         if cfg.predict:
             predict(cfg, vae, dit, device, out, how)
             return out
         if dit.by_tokens:
-            raise SystemExit(f"{cfg.dit} generates from a video (--condition {dit.cfg.condition}); give one with --predict VIDEO")
+            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; it needs --predict VIDEO")
         tokens = generate(cfg, vae, dit, device, out, how)
         if cfg.interp:
             interpolate(cfg, vae, device, out, tokens)
