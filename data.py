@@ -184,19 +184,19 @@ class VideoFolder:
         root, self.cfg = Path(cfg.data_root), cfg
         gc.freeze()     # imageio collects garbage whenever it closes a file; without torch's objects that is 10x faster
         tree = TREE.format(root=cfg.data_root or "DATA_ROOT", suffixes=" ".join(sorted(s[1:] for s in SUFFIXES)))
-        if not cfg.data_root or not root.is_dir():
+        if not cfg.data_root or not root.exists():
             raise SystemExit(f"--data-root {cfg.data_root!r} is not a folder; --dataset {cfg.dataset} expects\n{tree}")
-        found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = [root] if root.is_file() else sorted(p for p in root.rglob("*")
+                                                     if p.suffix.lower() in SUFFIXES and p.is_file())
+        root = root.parent if root.is_file() else root
         self.classes = sorted({p.parent.name for p in found})
         index = scan(found, root, Path(cfg.out) / "index.json")
         span, train = (cfg.frames - 1) * max(cfg.stride, 1) + 1, split_groups(cfg.split)
-        if cfg.stride == 0:
-            span = cfg.frames
         good = [p for p in found if index[str(p.relative_to(root))]["frames"] >= span]
         if not good:
             raise SystemExit(f"--data-root {root} has no readable video of at least {span} frames "
                              f"({len(found)} video files seen); --dataset {cfg.dataset} expects\n{tree}")
-        if len(found) > len(good):
+        if len(found) > len(good) and not held_out:
             print(f"{root}: {len(found) - len(good)} of {len(found)} videos are unreadable or shorter than {span} "
                   f"frames and are skipped; {Path(cfg.out) / 'index.json'} names them")
         self.files = [p for p in good if (group_of(p.relative_to(root)) in train) != held_out]

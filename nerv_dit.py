@@ -40,7 +40,7 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder: preset row and clips (default here: the tokenizer's)
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop: preset row and clips (default: the tokenizer's)
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)
@@ -80,7 +80,7 @@ class Config:
 PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
              ema=0.9999, sampler="ddpm", sample_steps=250, bf16=True, compile=True, workers=8, log_every=100,
              eval_every=10_000)
-PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
+PRESETS = {"toy": {}, "laptop": dict(clips_per_video=4), "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
            "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
 
 
@@ -94,7 +94,8 @@ def cache_tokens(cfg, vae, device):
     hashes the tokenizer's checkpoint and everything that decides the clips, so a stale cache is never read.
     """
     root = cfg.data_root or vae.cfg.data_root
-    clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=cfg.out))
+    index = str(Path(cfg.vae).parent)                   # where stage 1 left its index of the videos
+    clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
     with_condition = cfg.condition in ("frames", "image", "edge")
     keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
     what = [file_hash(cfg.vae), [str(f) for f in clips.files or []], clips.labels.tolist(), cfg.clips_per_video,

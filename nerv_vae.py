@@ -38,7 +38,7 @@ class Config:
     """Settings of stage 1; the defaults are the toy preset. Paper: A.1, A.2, Table A1; the rest is choice."""
 
     # data
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder: the clips, and the row of presets to start from
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop: the clips, and the row of presets to start from
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
     split: str = "all"              # all, train, test or a list of groups such as 1-19,23: the videos that train
     frames: int = 8                 # T, frames per clip (paper: 16)
@@ -99,8 +99,10 @@ PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=
              pe_base=10000.0, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
              kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
              lr=1e-4, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+LAPTOP = dict(stride=2, flip=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4, enc_dim=192,
+              steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
-           "k600": {**PAPER, "split": "all"}, "folder": PAPER}
+           "k600": PAPER, "folder": PAPER, "laptop": LAPTOP}
 
 
 # ---------------------------------------------------------------------------------------------- model

@@ -3,7 +3,7 @@
     python sample.py                            # 16 videos: out/samples/*.mp4, samples.gif, samples.png, samples.npz
     python sample.py --interp                   # and the way from one video's weights to another's
     python sample.py --time-interp 8            # and 8 frames for every trained one
-    python sample.py --extrapolate 8            # and 8 frames beyond the last trained one
+    python sample.py --extrapolate              # and as many frames again beyond the last trained one
     python sample.py --n 2048 --out out/eval    # for fvd.py; stopped and started again, it goes on
     python sample.py --reconstruct --n 256      # original.npz and reconstruction.npz of held-out clips, for fvd.py
     python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge)
@@ -39,7 +39,7 @@ class Config:
     video_a: str = ""               # with --interp: a video file at lambda 1 instead of the first generated video
     video_b: str = ""               # with --interp: a video file at lambda 0 instead of the second generated video
     time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
-    extrapolate: int = 0            # frames beyond the last trained one (paper Sec. 4.5.1)
+    extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
     predict: str = ""               # a video file to continue, animate or redraw (Sec. 4.3, E.7)
     # how
@@ -231,10 +231,10 @@ def render_times(cfg, vae, device, out, tokens):
                    scale=max(1, 96 // video.shape[-1]))
         print(f"wrote {out}/time_interp.gif and .png: {len(frame)} frames from {T}, {cfg.time_interp} a row in the png")
     if cfg.extrapolate:
-        video = net(torch.arange(T + cfg.extrapolate, device=device).float()).cpu()                 # (T + k, 3, H, W)
+        video = net(torch.arange(2 * T, device=device).float()).cpu()               # (2T, 3, H, W)
         save_video(out / "extrapolate.gif", video, cfg.fps)
         save_video(out / "extrapolate.png", film_strips(video[None]), scale=max(1, 96 // video.shape[-1]))
-        print(f"wrote {out}/extrapolate.gif and .png: frames 0..{T - 1} are trained, {T}..{len(video) - 1} are not")
+        print(f"wrote {out}/extrapolate.gif and .png: frames 0..{T - 1} are trained, {T}..{2 * T - 1} are not")
 
 
 def predict(cfg, vae, dit, device, out, how):

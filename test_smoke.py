@@ -3,12 +3,9 @@
 Each docstring names the bug that the test would catch. What needs real footage looks for it in ../shared/data and is
 skipped where that is absent.
 """
-import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import fvd
 import generative_nerv
 import nerv_dit
 import nerv_vae
@@ -477,12 +475,174 @@ def test_cached_tokens_are_the_encoders(run):
         assert label == meta["labels"][row]
 
 
+# ---------------------------------------------------------------------------------------------- measurements
+
+def exact_sample(n, root, seed=0):
+    """n rows with mean exactly 0 and covariance exactly root^T root. Shapes: root (d, d) -> (n, d)."""
+    x = torch.randn(n, len(root), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(x - x.mean(0)).Q * (n - 1) ** 0.5 @ root
+
+
+def write_npz(path, videos, **settings):
+    np.savez(path, videos=videos, labels=np.arange(len(videos)) % 2, settings=np.array(json.dumps(settings)))
+    return str(path)
+
+
+def toy_bytes(n, frames=8, size=32):
+    return data.to_uint8(torch.stack([data.draw_toy(np.random.default_rng(i), i % 8, frames, size) for i in range(n)]))
+
+
+def run_fvd(tmp_path, *argv):
+    out = json.loads(fvd.main([*argv, "--out", str(tmp_path / "out.json")]).read_text())
+    return {name: row["value"] for name, row in out["results"].items()}, out["protocol"]
+
+
+class Probe(torch.nn.Module):       # a feature network that returns how it was called and what it was fed
+    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        flags = torch.tensor([rescale, resize, return_features, x.dtype == torch.uint8]).float()
+        return torch.cat([flags.expand(x.shape[0], 4), x.flatten(1).float()], 1)
+
+
+def test_frechet_distance_closed_forms():
+    """Catches a lost square or factor 2, 1/n for 1/(n-1), the root of a singular covariance, moments in float32."""
+    d, n, rng = 40, 300, torch.Generator().manual_seed(1)
+    root, other, turn = torch.randn(3, d, d, generator=rng, dtype=torch.float64)
+    a, b, close = exact_sample(n, root), exact_sample(n, other, 3) + 0.1, lambda x: pytest.approx(float(x), rel=1e-10)
+    assert fvd.frechet_distance(a, a + 2) == close(4 * d)                                       # shift
+    assert fvd.frechet_distance(a, 1.3 * a) == close(0.09 * root.square().sum())                # scale
+    x, y = torch.rand(2, d, generator=rng, dtype=torch.float64)                                 # commuting diagonals
+    x_rows, y_rows = exact_sample(n, x.diag()), exact_sample(n + 7, y.diag(), 2)
+    assert fvd.frechet_distance(x_rows, y_rows) == close((x - y).square().sum())
+    line, (u, w) = exact_sample(n, torch.ones(1, 1).double()), root[:2]                         # rank one
+    assert fvd.frechet_distance(line * u, line * w) == close(u @ u + w @ w - 2 * abs(u @ w))
+    turn, apart = torch.linalg.qr(turn).Q, close(fvd.frechet_distance(a, b))
+    assert fvd.frechet_distance(b, a) == apart and fvd.frechet_distance(a @ turn, b @ turn) == apart
+    cross = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).sqrt().real.sum()                       # by a matrix root
+    assert 0.01 * d + root.norm() ** 2 + other.norm() ** 2 - 2 * cross == apart
+    few = torch.randn(64, 400, generator=rng)                                                   # n below d
+    assert fvd.frechet_distance(few, few) < 1e-6 and fvd.frechet_distance(few, few.flip(0)) < 1e-6
+    assert fvd.frechet_distance(few.double() + 100, few.double() + 101) == pytest.approx(400, rel=1e-9)
+    for bad in (few[:1], few[:, :3], few * float("nan")):
+        with pytest.raises(ValueError, match="finite"):
+            fvd.frechet_distance(few, bad)
+
+
+def test_inception_score_psnr_ssim():
+    """Catches a KL the wrong way round, a peak of 1 for pixels that span 2, a window that does not sum to 1."""
+    assert fvd.inception_score(torch.eye(101).repeat(3, 1)) == pytest.approx(101)
+    a = torch.zeros(2, 3, 3, 16, 16)
+    assert fvd.psnr(a, a + 0.2).shape == (2, 3) and fvd.psnr(a, a + 0.2).mean().item() == pytest.approx(20, abs=1e-5)
+    assert fvd.ssim(a - 1, a + 1).mean().item() == pytest.approx(9.999e-5, rel=1e-6) and fvd.ssim(a, a).min() > 1 - 1e-9
+    assert fvd.ssim(a + 0.2, a - 0.4)[0, 0].item() == pytest.approx((2 * .6 * .3 + 1e-4) / (.36 + .09 + 1e-4), rel=1e-5)
+    for bad in (a[:1], a + 127, a * float("nan")):
+        with pytest.raises(ValueError, match="one shape"):
+            fvd.psnr(a, bad)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lpips_of_a_clip_with_itself():
+    """Catches clips and frames that change places (true SqueezeNet weights, where they are)."""
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").exists():
+        pytest.skip("no SqueezeNet weights in the torch hub cache")
+    a = torch.from_numpy(toy_bytes(2, frames=3)).permute(0, 1, 4, 2, 3) / 127.5 - 1
+    b = torch.cat([a.flatten(0, 1)[:5], torch.zeros(1, 3, 32, 32)]).view_as(a)
+    net = fvd.load_lpips("squeeze", "cpu")
+    assert fvd.lpips_distance(a, a, net).abs().max() == 0
+    assert (fvd.lpips_distance(a, b, net) > 0.01).nonzero().tolist() == [[1, 2]]
+
+
+def test_networks_see_the_documented_input(tmp_path, monkeypatch):
+    """Catches truncation to bytes, BTCHW for BCTHW, pixels in [0, 1], flags left off, a bottleneck that is ignored."""
+    path, kept, frechet = tmp_path / "probe.pt", [], fvd.frechet_distance
+    torch.jit.script(Probe()).save(path)
+    monkeypatch.setattr(fvd, "I3D_SHA256", fvd.hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(fvd, "frechet_distance", lambda a, b: kept.append(a) or frechet(a, b))
+    video = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video[0, 0, :, 0, 0] = torch.tensor([0.0, 254.9, 127.6]) / 127.5 - 1
+    seen = fvd.load_i3d(path)(video)
+    assert seen[:, :4].tolist() == [[1, 1, 1, 1]] * 2 and seen[0, 4::160].tolist() == [0, 255, 128]
+    assert torch.equal(seen[:, 4:].view(2, 3, 10, 4, 4), ((video + 1) * 127.5).round().transpose(1, 2))
+    side = write_npz(tmp_path / "a.npz", clips := toy_bytes(4, frames=5, size=8))
+    argv = ["--real", side, "--fake", side, "--features", str(path), "--frames", "3"]
+    assert "FD-probe" in run_fvd(tmp_path, *argv)[0]
+    fed, want = kept[0][:, 4:].view(4, 3, 3, 8, 8), torch.from_numpy(clips[:, :3]).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    assert max(min((f - w).abs().max() for f in fed) for w in want) < 1e-6                      # in any order
+    run_fvd(tmp_path, *argv, "--fvd-resolution", "4")
+    assert kept[-1].shape[1] == 4 + 3 * 3 * 4 * 4
+
+
+def test_i3d_is_checked_before_it_runs(tmp_path, monkeypatch):
+    """Catches the opening of a file of unknown code, and an offline user who is not told the way to the true one."""
+    def offline(url, file, hash_prefix):
+        raise OSError("no network") if hash_prefix == fvd.I3D_SHA256 else pytest.fail("downloaded without its hash")
+    (tmp_path / "i3d.pt").write_bytes(b"anything")
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(SystemExit, match="not opened"):
+        fvd.load_i3d(tmp_path / "i3d.pt")
+    with pytest.raises(SystemExit) as stop:
+        fvd.load_i3d()
+    for part in (*fvd.I3D_URLS, fvd.I3D_SHA256, "51,235,320", str(tmp_path / "hub/checkpoints/i3d_torchscript.pt")):
+        assert part in str(stop.value)
+
+
+def test_fvd_of_a_pair(tmp_path, capsys):
+    """Catches clips that lose their partner, a protocol that is not written down, results that depend on the batch."""
+    clips, about = toy_bytes(24), dict(pair="x", classes=["a", "b"], guidance=2.0)
+    noise = np.random.default_rng(0).integers(-9, 10, clips.shape) * np.arange(24).reshape(-1, 1, 1, 1, 1) // 6
+    noisy, picks = np.clip(clips + noise, 0, 255).astype(np.uint8), np.random.default_rng(0).permutation(24)[:20]
+    real, fake = write_npz(tmp_path / "a.npz", clips, **about), write_npz(tmp_path / "b.npz", noisy, **about)
+    argv = ["--real", real, "--fake", fake, "--features", "random", "--lpips-net", "none", "--n", "20"]
+    rows, protocol = run_fvd(tmp_path, *argv, "--nearest", "2", "--bias-curve", "--action-similarity", "4")
+    a, b = (torch.from_numpy(v[picks]).permute(0, 1, 4, 2, 3) / 127.5 - 1 for v in (clips, noisy))
+    assert rows["PSNR"] == pytest.approx(fvd.psnr(a, b).mean().item(), rel=1e-6) and 0 < rows["SSIM"] < 1
+    direct = pytest.approx(fvd.frechet_distance(fvd.random_features(a), fvd.random_features(b)), rel=1e-3)
+    assert rows["FD-random"] == direct == run_fvd(tmp_path, *argv, "--batch", "3")[0]["FD-random"]
+    assert rows["flickering fake"] < rows["flickering real"] < 1 and 0 < rows["action similarity real"] <= 1
+    assert rows["FD-random floor"] > 0 < rows["FD-random n=10"] and (tmp_path / "out.png").exists()
+    assert protocol["fake_guidance"] == 2 and sum(protocol["real_labels"].values()) == 20
+    assert re.search("not FVD.*warning: 20 clips.*fake_guidance", capsys.readouterr().out, re.S)
+
+
+def test_token_diagnostics(tmp_path):
+    """Catches plain kurtosis for excess, a KL without its half, dead dims read from the width, rows mixed up."""
+    rng, path = np.random.default_rng(0), tmp_path / "tokens-x.npy"
+    mean = rng.normal(0, 1, (20, 8, 16)).repeat(15, 0) + rng.normal(0, 0.05, (300, 8, 16))      # 15 clips of a video
+    logvar = np.full_like(mean, np.log(0.25))
+    mean[:, 0], mean[:, 1], logvar[:, :2] = -0.5, 0.5, 0                                        # 2 of 8 tokens are dead
+    np.save(path, np.stack([mean, logvar], 1).astype(np.float16))
+    path.with_suffix(".json").write_text(json.dumps(dict(videos=np.arange(20).repeat(15).tolist())))
+    rows, _ = run_fvd(tmp_path, "--tokens", str(path))
+    square, kl = (mean ** 2 + np.exp(logvar)).mean(), 0.5 * (mean ** 2 + np.exp(logvar) - 1 - logvar).mean()
+    assert rows["dead dims"] == 0.25 and rows["KL per dim"] == pytest.approx(kl, rel=1e-2)
+    assert max(abs(rows["mean"]), abs(rows["skew"])) < 0.1 and rows["std"] == pytest.approx(square ** 0.5, rel=1e-2)
+    assert abs(rows["kurtosis"]) < 0.3 and min(rows["purity"], rows["NMI"]) > 0.9
+    assert fvd.purity_and_nmi(torch.arange(12) % 3, torch.arange(12) // 6) == pytest.approx((0.5, 0), abs=1e-9)
+
+
+def test_bad_input_is_one_line(tmp_path):
+    """Catches tracebacks where a newcomer needs a sentence."""
+    good, other, broken = write_npz(tmp_path / "good.npz", toy_bytes(6)), tmp_path / "o.npz", tmp_path / "b.npz"
+    np.savez(other, x=np.zeros(3))
+    broken.write_bytes(b"PK nonsense")
+    floats, few = write_npz(tmp_path / "f.npz", toy_bytes(6) / 255), write_npz(tmp_path / "few.npz", toy_bytes(2))
+    short, five = write_npz(tmp_path / "s.npz", toy_bytes(6, frames=4)), write_npz(tmp_path / "five.npz", toy_bytes(5))
+    cases = [[str(fake)] for fake in (other, broken, floats, few, short, tmp_path / "nowhere", "")]
+    flags = "--features no.pt|--features i3d|--frames 9|--resolution 64|--action-similarity 8|--tokens no.npy"
+    cases += [[good, *flag.split()] for flag in flags.split("|")]
+    for case in (*cases, [five, "--paired"]):
+        with pytest.raises(SystemExit) as stop:
+            fvd.main(["--real", good, "--features", "random", "--out", str(tmp_path / "o.json"), "--fake", *case])
+        assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, case
+
+
 # ---------------------------------------------------------------------------------------------- end to end
 
 def test_readme_commands(run, tmp_path):
     """Catches a stage that cannot read what the one before it wrote, and output files that are not there."""
     out = sample.main(["--dit", str(run.dit), "--out", str(tmp_path), "--n", "5", "--batch", "3", "--interp",
-                       "--time-interp", "3", "--extrapolate", "2"])
+                       "--time-interp", "3", "--extrapolate"])
     with np.load(out / "samples.npz") as file:
         assert file["videos"].shape == (5, 4, 32, 32, 3) and file["videos"].dtype == np.uint8
         assert file["labels"].tolist() == [0, 1, 2, 3, 4]
