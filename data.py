@@ -60,8 +60,8 @@ def parse_config(cls, presets, argv=None, dataset=None):
 
 # ---------------------------------------------------------------------------------------------- toy clips
 
-COLOURS = dict(red=(230, 50, 50), yellow=(240, 210, 50), green=(60, 200, 80),
-               cyan=(60, 210, 220), blue=(70, 100, 240), magenta=(220, 80, 210), white=(240, 240, 240))
+COLOURS = dict(red=(215, 65, 60), yellow=(220, 200, 60), green=(70, 190, 85),
+               cyan=(70, 200, 205), blue=(75, 105, 225), magenta=(205, 85, 195), white=(220, 220, 220))
 TOY_VIDEOS = 16384              # as many train as are held out
 SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "pulsing")
 
@@ -74,14 +74,14 @@ def draw_toy(rng, label, frames, resolution):
     """
     shape, motion = SHAPES[label // 2], MOTIONS[label % 2]
     colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) / 127.5 - 1
-    ground = rng.uniform(-0.95, -0.55) + rng.uniform(-0.05, 0.05, 3)                # dark, slightly tinted
-    r, time = rng.uniform(0.36, 0.48), np.linspace(-0.5, 0.5, frames)               # any T spans the same motion
+    ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, 3)                # dark grey, slightly tinted
+    r, time = rng.uniform(0.44, 0.56), np.linspace(-0.5, 0.5, frames)               # any T spans the same motion
     if motion == "pulsing":
         centre = np.broadcast_to(rng.uniform(0.6 * r - 0.6, 0.6 - 0.6 * r, 2), (frames, 2))         # (T, 2)
         beat = np.sin(2 * np.pi * (rng.uniform(0.8, 1.2) * time + rng.random()))    # (T,)
         r = r * (1 + 0.4 * beat)[:, None, None]                                     # (T, 1, 1)
     else:
-        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.9)
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.8)
         way = reach * np.array([np.cos(angle), np.sin(angle)])                      # (2,) first frame to last
         room = np.maximum(0.97 - r - abs(way) / 2, 0)                               # so that it stays in the picture
         centre = rng.uniform(-room, room) + np.outer(time, way)                     # (T, 2)
@@ -95,7 +95,7 @@ def draw_toy(rng, label, frames, resolution):
         "ring": lambda: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
         "cross": lambda: np.minimum(np.maximum(abs(x) - r, abs(y) - 0.3 * r), np.maximum(abs(y) - r, abs(x) - 0.3 * r)),
     }[shape]()
-    cover = np.clip(0.5 - distance * resolution / 2, 0, 1)[:, None]                                 # (T, 1, R, R)
+    cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]                 # (T, 1, R, R); edges 2 pixels soft
     video = cover * colour[None, :, None, None] + (1 - cover) * ground[None, :, None, None]         # (T, 3, R, R)
     return torch.from_numpy(video.astype(np.float32))
 

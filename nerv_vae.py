@@ -60,7 +60,7 @@ class Config:
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
     kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
     # encoder
-    enc_depth: int = 3              # transformer blocks (paper: 18)
+    enc_depth: int = 2              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)
     enc_dim: int = 128              # width of the transformer (paper: 896)
     patch: int = 8                  # patch height and width in pixels (paper: 8)
@@ -76,9 +76,9 @@ class Config:
     gan_lr_ratio: float = 0.2       # its learning rate over the autoencoder's (paper A.1: one fifth)
     r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
     # optimisation
-    batch: int = 16                 # B, clips per step (paper E.17: 32)
-    steps: int = 3200               # optimizer steps (paper A.1: 2M)
-    lr: float = 1.5e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
+    batch: int = 8                  # B, clips per step (paper E.17: 32)
+    steps: int = 6000               # optimizer steps (paper A.1: 2M)
+    lr: float = 2e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
@@ -89,7 +89,7 @@ class Config:
     checkpointing: bool = False     # recompute encoder activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # steps between lines of log.jsonl; the only time the GPU is waited for
-    eval_every: int = 800           # steps between held-out PSNR, pictures and checkpoints
+    eval_every: int = 1500          # steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
@@ -100,7 +100,7 @@ PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=
              kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
              lr=1e-4, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
 LAPTOP = dict(stride=2, flip=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4, enc_dim=192,
-              steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
+              batch=16, steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP}
 
