@@ -323,7 +323,7 @@ def train(cfg):
     model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda")
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step, state = 0, dict(model=model, ema=ema, opt=opt)
     if ckpt:
         step = ckpt["step"]

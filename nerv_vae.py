@@ -423,12 +423,11 @@ def train(cfg):
     model = NeRVVAE(cfg).to(device)
     ema = NeRVVAE(cfg).to(device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    fused = device.type == "cuda"
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = dict(model=model, ema=ema, opt=opt)
     if cfg.gan_weight:
         critic = Discriminator(cfg).to(device)
-        opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=fused)   # MAGVIT's
+        opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)    # MAGVIT's
         state.update(critic=critic, opt_d=opt_d)
     if cfg.lpips_weight:
         import lpips

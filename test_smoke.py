@@ -143,6 +143,8 @@ def test_every_decoder_variant(change):
     torch.manual_seed(0)
     cfg = tiny(**{"model": "24", "gen_channels": 8, "tokens": 20, **change})
     net, z = generative_nerv.GenerativeNeRV(cfg), torch.randn(3, cfg.tokens, cfg.token_dim)
+    for conv in net.convs if cfg.parameterization == "channel" else []:
+        conv.assemble = False                           # the form that real widths use
     frame = torch.tensor([0., 1.5, 9.])
     maps = []
     for conv in net.convs:
@@ -155,14 +157,15 @@ def test_every_decoder_variant(change):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
+@pytest.mark.parametrize("assemble", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "transposed", "bilinear"])
-def test_factored_convolution_is_a_loop_over_videos(kind):
+def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
     """Catches wrong groups, a block at the wrong channels, a norm over the wrong axes: compare with plain loops."""
     torch.manual_seed(0)
     T, B, c_in, c_out, go, gi, k = 2, 3, 6, 10, 4, 2, 4 if kind == "transposed" else 3
     layer = generative_nerv.Layer(kind, c_in, c_out, k, 8, go, gi, 0)
     conv = generative_nerv.ModulatedConv2d(layer, tiny(), slice(0, 6))
-    x, z = torch.randn(T * B, c_in, 8, 8), torch.randn(B, 6, 8)
+    x, z, conv.assemble = torch.randn(T * B, c_in, 8, 8), torch.randn(B, 6, 8), assemble
     with torch.no_grad():
         conv.bias.normal_()
         out = conv(x, z).view(T, B, c_out, *(8 if kind == "conv" else 16,) * 2)
