@@ -56,8 +56,8 @@ class Config:
     ss_ramp: float = 0.3            # the probability rises linearly over this share of training (choice: as LARP)
     ss_stride: int = 1              # the own step goes from t to t - stride (paper: 1)
     # optimisation
-    batch: int = 64                 # B, token sets per step (choice for the paper presets: 256, as DiT)
-    steps: int = 2000               # optimizer steps (paper A.1: 1M)
+    batch: int = 32                 # B, token sets per step (choice for the paper presets: 256, as DiT)
+    steps: int = 2400               # optimizer steps (paper A.1: 1M)
     lr: float = 1e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
@@ -71,7 +71,7 @@ class Config:
     compile: bool = False           # torch.compile on CUDA
     workers: int = 0                # loader processes while the token cache is filled
     log_every: int = 50             # steps between lines of log.jsonl
-    eval_every: int = 1000          # steps between sample pictures and checkpoints
+    eval_every: int = 1200          # steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
     seed: int = 0                   # fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
@@ -377,7 +377,7 @@ def train(cfg):
         smooth = per_pass if smooth is None else smooth.lerp(per_pass, 0.02)
         bar.update()
 
-        if step % cfg.log_every == 0 or step == cfg.steps:
+        if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
             row = dict(step=step, loss=smooth.item(), grad_norm=grad_norm.item(), lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
             bar.set_postfix(loss=f"{row['loss']:.4f}")
@@ -385,10 +385,11 @@ def train(cfg):
                 log.write(json.dumps(row) + "\n")
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 save()
-                pick = torch.arange(16) * len(cache) // 16
+                pick = torch.arange(16) * 1021 % len(cache)                         # a prime stride meets all classes
                 cond = condition(pick, torch.from_numpy(cache[pick.numpy()]).to(device).float())
                 noise = torch.randn(16, *model.token_mean.shape, generator=torch.Generator().manual_seed(0)).to(device)
-                z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, cfg.guidance)
+                guidance = cfg.guidance if cfg.condition == "class" else 1.0
+                z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
                 video = vae.decode(z, torch.arange(vae.cfg.frames, device=device).float()).cpu()    # (16, T, 3, H, W)
                 save_video(path.with_name(f"step_{step:06d}.gif"), tile(video, 4))
             since, shown_at = time.perf_counter(), step

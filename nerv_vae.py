@@ -493,7 +493,7 @@ def train(cfg):
         step += 1
         bar.update()
 
-        if step % cfg.log_every == 0 or step == cfg.steps:
+        if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
             row = dict(step=step, loss=loss.item(), mse=mse.item(), psnr=psnr_from_mse(mse),
                        kl_per_dim=kl.mean().item(), token_std=mean.std().item(),
                        posterior_std=(logvar / 2).exp().mean().item(),
