@@ -63,7 +63,7 @@ def parse_config(cls, presets, argv=None, dataset=None):
 COLOURS = dict(red=(215, 65, 60), yellow=(220, 200, 60), green=(70, 190, 85),
                cyan=(70, 200, 205), blue=(75, 105, 225), magenta=(205, 85, 195), white=(220, 220, 220))
 TOY_VIDEOS = 16384              # as many train as are held out
-SHAPES, MOTIONS = ("square", "triangle", "ring", "cross"), ("sliding", "pulsing")
+SHAPES, MOTIONS = ("ball", "ring", "bar", "pillar"), ("sliding", "pulsing")
 
 
 def draw_toy(rng, label, frames, resolution):
@@ -90,11 +90,11 @@ def draw_toy(rng, label, frames, resolution):
     y = centre[:, 1, None, None] - grid[None, :, None]                                              # (T, R, 1) up
     x, y = np.broadcast_arrays(x, y)                                                                # (T, R, R) each
     distance = {                                        # signed distance to the outline: negative inside
-        "square": lambda: np.maximum(abs(x), abs(y)) - 0.82 * r,
-        "triangle": lambda: np.maximum(0.866 * abs(x) + 0.5 * y, -y) - 0.58 * r,
-        "ring": lambda: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
-        "cross": lambda: np.minimum(np.maximum(abs(x) - r, abs(y) - 0.3 * r), np.maximum(abs(y) - r, abs(x) - 0.3 * r)),
-    }[shape]()
+        "ball": np.hypot(x, y) - 0.8 * r,
+        "ring": abs(np.hypot(x, y) - 0.76 * r) - 0.24 * r,
+        "bar": np.maximum(abs(x) - r, abs(y) - 0.36 * r),
+        "pillar": np.maximum(abs(x) - 0.36 * r, abs(y) - r),
+    }[shape]
     cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]                 # (T, 1, R, R); edges 2 pixels soft
     video = cover * colour[None, :, None, None] + (1 - cover) * ground[None, :, None, None]         # (T, 3, R, R)
     return torch.from_numpy(video.astype(np.float32))

@@ -77,7 +77,7 @@ class Config:
     r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
     # optimisation
     batch: int = 8                  # B, clips per step (paper E.17: 32)
-    steps: int = 6000               # optimizer steps (paper A.1: 2M)
+    steps: int = 5000               # optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
@@ -89,7 +89,7 @@ class Config:
     checkpointing: bool = False     # recompute encoder activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # steps between lines of log.jsonl; the only time the GPU is waited for
-    eval_every: int = 1500          # steps between held-out PSNR, pictures and checkpoints
+    eval_every: int = 1000          # steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
