@@ -65,7 +65,7 @@ class Config:
     # sampling
     sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (paper A3: 250 steps)
     sample_steps: int = 50          # steps from noise to tokens (paper Table A3: 250)
-    guidance: float = 2.0           # classifier-free guidance, 1 is off (paper A.1: 2)
+    guidance: float = 3.0           # classifier-free guidance, 1 is off (paper A.1: 2)
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA
@@ -78,7 +78,7 @@ class Config:
 
 
 PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
-             ema=0.9999, sampler="ddpm", sample_steps=250, bf16=True, compile=True, workers=8, log_every=100,
+             ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8, log_every=100,
              eval_every=10_000)
 PRESETS = {"toy": {}, "laptop": dict(clips_per_video=4), "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
            "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}

@@ -37,7 +37,7 @@ class Config:
     classes: str = ""               # names or numbers, separated by commas, taken in turn; empty: all classes in turn
     interp: bool = False            # interpolate the weights of two videos (paper Sec. 4.5.2, Fig. A2)
     video_a: str = ""               # with --interp: a video file at lambda 1 instead of the first generated video
-    video_b: str = ""               # with --interp: a video file at lambda 0 instead of the second generated video
+    video_b: str = ""               # with --interp: a video file at lambda 0 instead of the last generated video
     time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
     extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
@@ -180,7 +180,7 @@ def reconstruct(cfg, vae, device, out):
 
 
 def generate(cfg, vae, dit, device, out, how):
-    """n videos into samples.npz, and the first ones as mp4, gif and contact sheet. Returns tokens of the first two."""
+    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns tokens of the first and the last."""
     none, frame = len(dit.class_names), torch.arange(vae.cfg.frames, device=device).float()
     labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
     settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
@@ -206,7 +206,7 @@ def generate(cfg, vae, dit, device, out, how):
     print(f"wrote {cfg.n} videos to {out}/samples.npz; in samples.gif and samples.png:")
     for i in range(0, min(len(videos), 16), columns):
         print("    " + "   ".join(f"{j:2d} {names[j]:<18}" for j in range(i, min(i + columns, len(videos)))).rstrip())
-    return tokens_of(0, min(2, cfg.n))
+    return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                    # (2, N, d)
 
 
 def interpolate(cfg, vae, device, out, tokens):

@@ -373,7 +373,7 @@ def test_saved_videos_read_back(tmp_path):
         assert back[2, 100, 200, 0] > 200 and back[2, 100, 200, 2] < 60
     data.save_video(tmp_path / "x.png", video)
     assert iio.imread(tmp_path / "x.png").shape[1] > 5 * 32
-    assert data.to_uint8(torch.full((3, 1, 1), 0.996))[0, 0, 0] == 255              # 254.49.. + 0.5: rounded, not cut
+    assert data.to_uint8(torch.full((3, 1, 1), 0.997))[0, 0, 0] == 255              # 254.6: rounded, not cut
 
 
 def test_condition_videos():
