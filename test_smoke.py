@@ -22,6 +22,7 @@ import nerv_dit
 import nerv_vae
 import sample
 
+torch.set_num_threads(1)        # tensors here are tiny, and threads that wait for each other on a busy machine are slow
 HERE = Path(__file__).parent
 FOOTAGE = HERE.parent / "shared" / "data"
 TINY = dict(model="8", tokens=6, token_dim=8, gen_channels=4, enc_depth=1, enc_heads=2, enc_dim=24, frames=4,
