@@ -8,19 +8,21 @@ A dataset is indexed by (video, seed): the seed alone decides which frames of th
 """
 import argparse
 import dataclasses
-import gc
 import inspect
 import json
+import os
 import re
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif"}
@@ -123,50 +125,86 @@ class ToyVideos:
 
 # ---------------------------------------------------------------------------------------------- video files
 
+def decode(path, stamp=None):
+    """The frames of a video file in order; with `stamp`, from the key frame that has this time stamp.
+
+    Raises:  ValueError where frames change their size on the way; whatever the decoder raises for a damaged file
+    """
+    if not os.path.isfile(path):                        # opening a named pipe would wait for ever
+        raise FileNotFoundError("not a regular file")
+    # Names may hold colons and files may name addresses: both stay local files.
+    with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
+        stream = file.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(2 ** 25)}                 # 8K; damaged headers claim anything
+        stream.codec_context.thread_count = 1           # loader workers and the scan run side by side already
+        if stamp is not None:
+            file.seek(stamp, stream=stream)
+        sizes = set()
+        for frame in file.decode(stream):
+            sizes.add((frame.width, frame.height))
+            if len(sizes) > 1:
+                raise ValueError(f"frames of different sizes: {sizes}")
+            if sizes and (stamp is None or frame.pts == stamp):
+                stamp = None                            # the key frame is found: all from here on
+                yield frame
+
+
+def survey(path):
+    """Count the frames that really decode, as headers of damaged files lie; and list where decoding may begin.
+
+    Returns (count, [[frame index, time stamp]]), key frames at least 8 apart. Raises what the decoder raises.
+    """
+    stamps, keys = [], [[0, None]]
+    for k, frame in enumerate(decode(path)):
+        stamps.append(frame.pts)
+        if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little and an index of them is long
+            keys.append([k, frame.pts])
+    rising = None not in stamps and all(a < b for a, b in zip(stamps, stamps[1:]))
+    return len(stamps), keys if rising else keys[:1]    # B-frames in avi: stamps do not name frames
+
+
 def count_frames(path):
-    """Number of frames that really decode; container headers of damaged files lie. Raises what the decoder raises."""
-    with iio.imopen(path, "r", plugin="pyav") as file:
-        told = file.properties().n_images                                           # 0 where the header is silent
-        try:
-            if told:
-                file.read(index=told - 1, constant_framerate=False)                 # decodes all, converts one
-                return told
-        except (StopIteration, OSError):
-            pass
-    return sum(1 for _ in iio.imiter(path, plugin="pyav"))
+    """Number of frames that really decode. Raises what the decoder raises."""
+    return survey(path)[0]
 
 
-def read_frames(path, indices):
-    """Frames `indices` (ascending) of a video file, exactly: decoding starts at frame 0, so frame k is frame k.
+def read_frames(path, indices, keys=((0, None),)):
+    """Frames `indices` (ascending) of a video file, exactly: decoded from the last of `keys` before them, see `survey`.
 
-    Shapes:  -> (len(indices), H, W, 3) uint8
+    Shapes:  -> (len(indices), H, W, 3) uint8, turned upright
     Raises:  ValueError when the file is unreadable or ends too early
     """
-    try:
-        with iio.imopen(path, "r", plugin="pyav") as file:
-            return np.stack([file.read(index=int(i), constant_framerate=False, format="rgb24") for i in indices])
-    except (StopIteration, OSError, ValueError, IndexError) as error:
-        raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {path}: {error!r}") from error
+    problem = "it ends too early"
+    for first, stamp in (max(key for key in keys if key[0] <= indices[0]), (0, None)):      # a seek may fail: from 0 then
+        rgb = VideoReformatter()    # not PyAV's own: that one keeps threads, and a worker forked later waits for them
+        try:
+            frames = zip(range(first, indices[-1] + 1), decode(path, stamp))
+            frames = [(frame.rotation, rgb.reformat(frame, format="rgb24", threads=1)) for k, frame in frames if k in indices]
+            if len(frames) == len(indices):
+                return np.stack([np.rot90(frame.to_ndarray(), round(turn / 90)) for turn, frame in frames])
+        except Exception as error:                      # hostile files raise anything
+            problem = repr(error)
+    raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem}")
 
 
 def to_clip(frames, resolution):
-    """Shorter side to `resolution` (bilinear, antialiased), centre crop, uint8 0..255 to float [-1, 1].
+    """Shorter side to `resolution` (bilinear, antialiased, whole levels), centre crop, uint8 0..255 to float [-1, 1].
 
     Shapes:  frames (T, H, W, 3) uint8 -> (T, 3, R, R)
     Source:  choice: the paper names only the size; antialias as LARP, whose protocol the paper follows
     """
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                        # (T, 3, H, W)
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)    # (T, 3, H, W); resized as uint8: float takes 4 times as long
     h, w = x.shape[-2:]
     size = [max(resolution, round(side * resolution / min(h, w))) for side in (h, w)]
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
     top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
     x = x[..., top:top + resolution, left:left + resolution]                        # (T, 3, R, R)
-    return x.clamp(0, 255) / 127.5 - 1
+    return x / 127.5 - 1
 
 
-def read_clip(path, start, frames, stride, resolution):
+def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
     """T frames of a file from frame `start`, `stride` apart. Shapes: -> (T, 3, R, R) in [-1, 1]. Raises ValueError."""
-    return to_clip(read_frames(path, range(start, start + frames * stride, stride)), resolution)
+    return to_clip(read_frames(path, range(start, start + frames * stride, stride), keys), resolution)
 
 
 class VideoFolder:
@@ -174,7 +212,8 @@ class VideoFolder:
 
     A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group come from one source
     video, so a split by clip leaks), else a hash of its name. `split` names the groups that train; the rest is held
-    out. Unreadable and short videos are skipped, counted, and listed with the reason in the index.
+    out. Unreadable and short videos are skipped, counted, and listed with the reason in the index. A folder of nothing
+    else still counts as a class, so that a damaged copy numbers the classes like a whole one.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     Raises:  SystemExit with the expected tree where no video can be used
@@ -182,12 +221,11 @@ class VideoFolder:
 
     def __init__(self, cfg, held_out=False):
         root, self.cfg = Path(cfg.data_root), cfg
-        gc.freeze()     # imageio collects garbage whenever it closes a file; without torch's objects that is 10x faster
         tree = TREE.format(root=cfg.data_root or "DATA_ROOT", suffixes=" ".join(sorted(s[1:] for s in SUFFIXES)))
         if not cfg.data_root or not root.exists():
             raise SystemExit(f"--data-root {cfg.data_root!r} is not a folder; --dataset {cfg.dataset} expects\n{tree}")
         found = [root] if root.is_file() else sorted(p for p in root.rglob("*")
-                                                     if p.suffix.lower() in SUFFIXES and p.is_file())
+                                                     if p.suffix.lower() in SUFFIXES and not p.is_dir())
         root = root.parent if root.is_file() else root
         self.classes = sorted({p.parent.name for p in found})
         index = scan(found, root, Path(cfg.out) / "index.json")
@@ -202,7 +240,8 @@ class VideoFolder:
         self.files = [p for p in good if (group_of(p.relative_to(root)) in train) != held_out]
         if not self.files and not held_out:
             raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; try --split all")
-        self.frames = [index[str(p.relative_to(root))]["frames"] for p in self.files]
+        self.frames, self.keys = zip(*((index[name]["frames"], index[name]["keys"]) for name in map(
+            str, (p.relative_to(root) for p in self.files)))) if self.files else ((), ())
         self.labels = np.array([self.classes.index(p.parent.name) for p in self.files], dtype=np.int64)
 
     def __len__(self):
@@ -217,7 +256,7 @@ class VideoFolder:
             start = rng.integers(n - (cfg.frames - 1) * stride)
             flip = cfg.flip and rng.random() < 0.5
             try:
-                clip = read_clip(self.files[i], start, cfg.frames, stride, cfg.resolution)
+                clip = read_clip(self.files[i], int(start), cfg.frames, stride, cfg.resolution, self.keys[i])
                 return clip.flip(-1) if flip else clip, int(self.labels[i])
             except ValueError as error:
                 print(f"skipping: {error}", file=sys.stderr)
@@ -228,28 +267,29 @@ class VideoFolder:
 def scan(files, root, index_path):
     """Frame count of every file, from the index where path, size and mtime agree, else counted by decoding.
 
-    Returns {relative path: {size, mtime, frames, error}}; `frames` is 0 where the file cannot be read.
+    Returns {relative path: {size, mtime, frames, keys, error}}; `frames` is 0 where the file cannot be read.
     """
     index = json.loads(index_path.read_text()) if index_path.exists() else {}
 
     def entry(path):
-        key, stat = str(path.relative_to(root)), path.stat()
-        old = index.get(key, {})
-        if (old.get("size"), old.get("mtime")) == (stat.st_size, stat.st_mtime):
-            return key, old
+        key, found = str(path.relative_to(root)), dict(size=0, mtime=0, frames=0, keys=[], error="")
         try:
-            frames, error = count_frames(path), ""
+            found.update(size=path.stat().st_size, mtime=path.stat().st_mtime)
+            old = index.get(key, {})
+            if all(old.get(k) == found[k] for k in ("size", "mtime")) and "keys" in old:
+                return key, old
+            found["frames"], found["keys"] = survey(path)
         except Exception as problem:                    # hostile files raise anything; each is named in the index
-            frames, error = 0, f"{type(problem).__name__}: {problem}"
-        return key, dict(size=stat.st_size, mtime=stat.st_mtime, frames=frames, error=error)
+            found["error"] = f"{type(problem).__name__}: {problem}"
+        return key, found
 
     with ThreadPoolExecutor() as pool:                  # the decoder releases the interpreter lock
         bar = tqdm(pool.map(entry, files), total=len(files), desc="scanning videos", unit="file", leave=False)
         fresh = dict(bar)
     if fresh != index:
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        part = index_path.with_suffix(".part")
-        part.write_text(json.dumps(fresh, indent=0))
+        part = index_path.with_suffix(f".{os.getpid()}")            # every process of a torchrun may write one
+        part.write_text("{" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in fresh.items()) + "}")
         part.replace(index_path)
     return fresh
 
@@ -266,7 +306,7 @@ def split_groups(split):
 def group_of(path):
     """Group 1..25 of a video: from its UCF-101 name, else a hash of its path below the root."""
     named = re.search(r"_g(\d\d)_c\d\d", path.name)
-    return int(named[1]) if named else 1 + zlib.crc32(str(path).encode()) % 25
+    return int(named[1]) if named else 1 + zlib.crc32(os.fsencode(path)) % 25
 
 
 def build_dataset(cfg, held_out=False):
@@ -293,6 +333,30 @@ def condition_video(video, kind, given=5):
     shown = min(1 if kind == "image" else given, video.shape[-4])
     index = torch.arange(video.shape[-4]).clamp(max=shown - 1)
     return video[..., index, :, :, :]
+
+
+def degrade(video, kind):
+    """A damaged copy of a clip, for restoration: the encoder sees this and is asked for the clean one.
+
+    Shapes:  video (..., T, 3, R, R) in [-1, 1] -> the same; kind none|downsample|blur|inpaint
+    Source:  NeRV-Enc A.3. Choice: the appendix gives no strengths; these bring real clips at 256 x 256 near the input
+             PSNR of its Table 8: a twelfth of the pixels a side, a Gaussian of R / 40, every fifth cell of an 8 x 8 grid
+    """
+    R, flat = video.shape[-1], video.flatten(0, -4)                                 # (n, 3, R, R)
+    if kind == "downsample":
+        small = F.interpolate(flat, max(R // 12, 1), mode="bilinear", antialias=True)
+        flat = F.interpolate(small, R, mode="bilinear")
+    elif kind == "blur":
+        reach = max(R // 13, 1)
+        tap = torch.exp(-(torch.arange(-reach, reach + 1, device=video.device) * 40 / R) ** 2 / 2)
+        tap = (tap / tap.sum()).expand(3, 1, 1, -1)                                 # (3, 1, 1, taps)
+        flat = F.pad(flat, [reach] * 4, mode="replicate")
+        flat = F.conv2d(F.conv2d(flat, tap, groups=3), tap.transpose(2, 3), groups=3)
+    elif kind == "inpaint":
+        cell = torch.arange(R, device=video.device) * 8 // R
+        hidden = (cell[:, None] * 2 + cell) % 5 == 0                                # (R, R): a knight's move apart
+        flat = flat.masked_fill(hidden, 0.0)
+    return flat.view_as(video)
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ NERV_WIDTHS = {"S": 128, "B": 256, "L": 512}            # D, paper A.2
 
 class Layer(NamedTuple):
     """One row of Table A1: what a layer does, and which block of its kernel the tokens generate."""
-    kind: str           # conv | transposed | pixelshuffle | bilinear (the last three double the size) | rgb
+    kind: str           # conv | transposed | bilinear (these two double the size) | rgb
     c_in: int
     c_out: int          # channels of the kernel's output, before any pixel shuffle
     k: int              # kernel size
@@ -33,6 +34,7 @@ class Layer(NamedTuple):
     gen_out: int        # the block W[:gen_out, :gen_in] is generated
     gen_in: int
     block: int          # which up-sampling block the layer belongs to; -1 is the stem, the last + 1 toRGB
+    shuffle: int = 1    # s: after the convolution s * s channels become s x s pixels
 
 
 def layer_plan(cfg):
@@ -45,6 +47,8 @@ def layer_plan(cfg):
     Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
             [128, 64, 3, 3] does not say which axis comes first
     """
+    if cfg.model == "nerv_dec":
+        return nerv_dec_plan(cfg)
     D, g = NERV_WIDTHS.get(cfg.model) or int(cfg.model), cfg.gen_channels
     doublings = int(math.log2(max(cfg.resolution // cfg.pe_size, 1)))
     if doublings < 1 or cfg.pe_size * 2 ** doublings != cfg.resolution:
@@ -61,7 +65,7 @@ def layer_plan(cfg):
     for i in range(doublings):
         size, w = 2 * size, width(i)
         plan += {"transposed": [layer("transposed", w, w, size, i, k=4)],
-                 "pixelshuffle": [layer("pixelshuffle", w, 4 * w, size, i)],
+                 "pixelshuffle": [layer("conv", w, 4 * w, size, i)._replace(shuffle=2)],
                  "bilinear": [layer("bilinear", w, w, size, i)]}[cfg.upsample]
         plan += [layer("conv", w, w, size, i)]
         if i < doublings - 1:                                                       # Table A1: the last block has one
@@ -71,6 +75,21 @@ def layer_plan(cfg):
     if cfg.side != "skip":
         plan += [Layer("rgb", 2 * D, 3, 3, size, 3, D, doublings)]
     return plan
+
+
+def nerv_dec_plan(cfg):
+    """NeRV-Dec, the decoder of NeRV-Enc: time alone goes in, four convolutions enlarge four times each.
+
+    Source: NeRV-Enc A.5 (kernels 1, 3, 3, 3, factors 4, 4, 4, 4, positions of 16). Choice: widths 16, 32, 16, which
+            the appendix leaves out; with them its tokens (4 x 256, 128 x 144, 64 x 288) are exactly a quarter of
+            each kernel, so that repeating every number four times fills it
+    """
+    if (cfg.pe_size, cfg.resolution, cfg.side) != (1, 256, "none") or cfg.parameterization == "channel":
+        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels without side connections, whole kernels at a time; "
+                         "use --pe-size 1 --resolution 256 --side none --parameterization repeat")
+    c = [cfg.pe_dim, 16, 32, 16, 3]
+    return [Layer("rgb" if i == 3 else "conv", c[i], 16 * c[i + 1], 3 if i else 1, 4 ** (i + 1), 0, 0, i - 1, shuffle=4)
+            for i in range(4)]
 
 
 # ---------------------------------------------------------------------------------------------- positions
@@ -125,6 +144,8 @@ class ModulatedConv2d(nn.Module):
     is exact: one dense convolution over all videos and frames, and a small one with a group for each video. (Kernels
     of 32 x 32 channels or fewer are built all the same: there a step takes three quarters of the time on a CPU.)
 
+    `rows` and `columns` say which tokens a layer reads and how much of each: all, but for --reuse none and NeRV-Enc.
+
     Shapes:  x (T*B, c_in, H, W) time-major, tokens (B, N, d) -> (T*B, c_out, H', W'), H' = 2H when up-sampling
     Units:   tokens ~ N(0, 1); x of unit scale gives y of unit scale
     Source:  paper Sec. 3.1 (channel-wise parameterization, demodulation over all axes but the output channel), E.18.
@@ -132,53 +153,67 @@ class ModulatedConv2d(nn.Module):
              mean video starts as an ordinary convolution (NeRV-Enc Table 10: worth 1.8 dB) and tokens start alike
     """
 
-    def __init__(self, layer, cfg, tokens, head=None):
+    def __init__(self, layer, cfg, rows, columns, head=None):
         super().__init__()
-        self.layer, self.mode, self.tokens, self.rank = layer, cfg.parameterization, tokens, 10
-        self.assemble = cfg.parameterization != "channel" or layer.c_in * layer.c_out <= 32 * 32
-        kind, c_in, c_out, k, size, go, gi, _ = layer
+        self.layer, self.mode, self.rows, self.columns, self.rank = layer, cfg.parameterization, rows, columns, 10
+        self.expand, self.normalize = cfg.expand, cfg.normalize
+        self.assemble = self.mode != "channel" or layer.c_in * layer.c_out <= 32 * 32 or not cfg.normalize
+        kind, c_in, c_out, k, size, go, gi, *_ = layer
         # Normalisation removes the scale of a kernel; its initial size only sets how fast Adam's equal steps turn it.
-        self.shared = nn.Parameter(cfg.kernel_init * torch.randn(c_out, c_in, k, k))
-        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.shared = nn.Parameter(cfg.kernel_init * (torch.randn if cfg.conv_init else torch.ones)(c_out, c_in, k, k))
+        self.bias, self.initial_energy = nn.Parameter(torch.zeros(c_out)), cfg.kernel_init ** 2 * c_in * k * k
         # How many numbers the tokens have to supply; a head gives every token ceil(n / N) of them, the rest is cut.
-        numel = {"channel": go * gi * k * k,
-                 "fmm": self.rank * (c_out + c_in),
-                 "repeat": c_in * k * k * len(range(*tokens.indices(cfg.tokens)))}[self.mode]
-        self.numel, count = numel, len(range(*tokens.indices(cfg.tokens)))
-        self.per_token = -(-numel // count)
-        self.head = head or nn.Linear(cfg.token_dim, self.per_token, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(cfg.token_dim))         # unit tokens give unit numbers
+        self.sides = {"out": c_out, "in": c_in, "taps": k * k}
+        self.quarter = [-(-n // 4) if axis == cfg.expand else n for axis, n in self.sides.items()]
+        self.numel = {"channel": go * gi * k * k,
+                      "fmm": self.rank * (c_out + c_in),
+                      "repeat": math.prod(self.quarter)}[self.mode]
+        count = rows.stop - rows.start
+        self.head = None                                # a layer of NeRV-Dec without tokens: the same for all videos
+        if count:
+            self.per_token = -(-self.numel // count)
+            self.head = head or nn.Linear(columns, self.per_token, bias=False)
+            nn.init.normal_(self.head.weight, std=1 / math.sqrt(columns))           # unit tokens give unit numbers
         self.scale = cfg.kernel_init if self.mode == "channel" else 0.3             # choice: a gain of 1 +- 0.3
         # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but a
         # pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
-        inputs = size // 2 if kind in ("transposed", "pixelshuffle") else size
+        inputs = size // 2 if kind == "transposed" else size // layer.shuffle
         seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
         # Second, the mean square is 1/2 after sines and 0.4256 after GELU of a unit normal; toRGB feeds tanh as it is.
         self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.block >= 0 else 2 ** 0.5)
 
     def generated(self, tokens):
         """Numbers this layer takes from the tokens, one run a token. Shapes: (B, N, d) -> (B, numel)."""
-        values = self.head(tokens[:, self.tokens])[..., :self.per_token]            # (B, n, per_token)
+        values = self.head(tokens[:, self.rows, :self.columns])[..., :self.per_token]               # (B, n, per_token)
         return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
 
     def kernel(self, tokens):
         """Every video's own normalised kernel: the slow, obvious form. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
-        _, c_in, c_out, k, _, go, gi, _ = self.layer
-        values, shared = self.generated(tokens), self.shared[None]                  # (B, numel), (1, c_out, c_in, k, k)
-        if self.mode == "channel":
+        _, c_in, c_out, k, _, go, gi, *_ = self.layer
+        shared = self.shared[None]                                                  # (1, c_out, c_in, k, k)
+        values = self.generated(tokens) if self.head else None                      # (B, numel)
+        if self.head is None:
+            kernel = shared.expand(len(tokens), -1, -1, -1, -1)
+        elif self.mode == "channel":
             delta = values.view(-1, go, gi, k, k)                                   # (B, go, gi, k, k)
             kernel = shared + F.pad(delta, (0, 0, 0, 0, 0, c_in - gi, 0, c_out - go))
         elif self.mode == "fmm":                        # INR-GAN, DIGAN: low-rank factors multiply the shared kernel
             left, right = values.split([self.rank * c_out, self.rank * c_in], 1)
             low_rank = left.view(-1, c_out, self.rank) @ right.view(-1, self.rank, c_in)            # (B, c_out, c_in)
             kernel = shared * (1 + low_rank / math.sqrt(self.rank))[..., None, None]
-        else:                                           # FastNeRV: tokens repeated over output channels, multiplied
-            rows = 1 + values.view(len(values), -1, c_in, k, k)                     # (B, n, c_in, k, k)
-            kernel = shared * rows.repeat_interleave(-(-c_out // rows.shape[1]), 1)[:, :c_out]
-        return kernel * (kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt() * self.gain
+        else:                                           # NeRV-Enc, Eq. 3: each number repeated four times, multiplied
+            axis, full = 1 + list(self.sides).index(self.expand), self.sides[self.expand]
+            values = 1 + values.view(-1, *self.quarter)                             # 1: the bias of the appendix's FC2
+            values = values.repeat_interleave(min(4, full), axis).narrow(axis, 0, full)             # (B, c_out, c_in, k*k)
+            kernel = shared * values.unflatten(3, (k, k))
+        if self.normalize:
+            energy = kernel.square().sum((2, 3, 4), keepdim=True)                   # (B, c_out, 1, 1, 1)
+        else:                                           # NeRV-Enc Table 10a: the scale that it starts with, for good
+            energy = torch.as_tensor(self.initial_energy, device=kernel.device)
+        return kernel * (energy + 1e-8).rsqrt() * self.gain
 
     def forward(self, x, tokens):
-        kind, c_in, c_out, k, _, go, gi, _ = self.layer
+        kind, c_in, c_out, k, _, go, gi, *_ = self.layer
         B, (TB, _, H, W) = len(tokens), x.shape
         by_video = x.view(TB // B, B, c_in, H, W)                                   # (T, B, c_in, H, W)
         if self.assemble:
@@ -198,7 +233,7 @@ class ModulatedConv2d(nn.Module):
             y[:, :, :go] += own
             y = torch.addcmul(self.bias[:, None, None], y, scale[:, :, None, None])
             y = y.flatten(0, 1)                                                     # (T*B, c_out, H', W')
-        return F.pixel_shuffle(y, 2) if kind == "pixelshuffle" else y
+        return F.pixel_shuffle(y, self.layer.shuffle)
 
 
 class PlainConv2d(nn.Module):
@@ -212,10 +247,27 @@ class PlainConv2d(nn.Module):
 
     def forward(self, x):
         y = convolve(x, self.kernel, self.layer.kind) + self.bias[:, None, None]
-        return F.pixel_shuffle(y, 2) if self.layer.kind == "pixelshuffle" else y
+        return F.pixel_shuffle(y, self.layer.shuffle)
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
+
+def layer_token_slices(cfg, layers):
+    """NeRV-Enc's layer-adaptive tokens: "4x256,0x0" gives the first layer 4 tokens of 256 numbers, the second none.
+
+    Returns the rows (slices) and the columns (counts) of the (N, d) tokens that each layer reads.
+    Raises: SystemExit when they are not one pair a layer, or do not add up to cfg.tokens rows of cfg.token_dim columns
+    Source: NeRV-Enc A.5. Choice: all stand in one (N, d) tensor, so that everything else need not know; the shorter
+            ones leave the end of their rows unused (zero)
+    """
+    pairs = [[int(n) for n in pair.split("x")] for pair in cfg.layer_tokens.split(",")]
+    counts, columns = zip(*pairs)
+    if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
+        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, --tokens {sum(counts)} and "
+                         f"--token-dim {max(columns)}")
+    ends = np.cumsum(counts).tolist()
+    return [slice(end - count, end) for count, end in zip(counts, ends)], columns
+
 
 def upsample_side(x, width):
     """Parameter-free side connection: bilinear x2, channels repeated where the block widens (paper A.1; choice)."""
@@ -255,7 +307,7 @@ class PlainNeRV(nn.Module):
     def forward(self, frame):
         c = self.cfg
         x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
-        return render(self.layers, self.convs, x, c.side)
+        return render(self.layers, self.convs, x[:, :self.layers[0].c_in], c.side)
 
 
 class GenerativeNeRV(nn.Module):
@@ -269,26 +321,33 @@ class GenerativeNeRV(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.layers = cfg, layer_plan(cfg)
-        plan = self.layers
-        everyone, shares, head = slice(0, cfg.tokens), [slice(0, cfg.tokens)] * len(plan), None
-        if cfg.reuse == "none":                         # Table 2b: each layer gets its own tokens, by block size
+        plan, head = self.layers, None
+        rows, columns = [slice(0, cfg.tokens)] * len(plan), [cfg.token_dim] * len(plan)
+        if cfg.layer_tokens:                            # NeRV-Enc: each layer its own tokens, of its own length
+            rows, columns = layer_token_slices(cfg, len(plan))
+        elif cfg.reuse == "none":                       # Table 2b: each layer gets its own tokens, by block size
             if cfg.tokens < len(plan):
                 raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
             sizes = torch.tensor([p.gen_out * p.gen_in * p.k ** 2 for p in plan]).double()
             cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
             ends = cuts.long().tolist()
-            shares = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
-        if cfg.reuse == "direct":                       # Table 2b: one head, every layer reads the same values
+            rows = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
+        elif cfg.reuse == "direct":                     # Table 2b: one head, every layer reads the same values
             if cfg.parameterization != "channel":
                 raise SystemExit("--reuse direct is defined for --parameterization channel only")
             most = max(-(-p.gen_out * p.gen_in * p.k ** 2 // cfg.tokens) for p in plan)
             head = nn.Linear(cfg.token_dim, most, bias=False)
-        self.convs = nn.ModuleList(ModulatedConv2d(p, cfg, share, head) for p, share in zip(plan, shares))
+        self.convs = nn.ModuleList(ModulatedConv2d(p, cfg, r, c, head) for p, r, c in zip(plan, rows, columns))
+        used = torch.zeros(cfg.tokens, cfg.token_dim, dtype=torch.bool)             # (N, d): all, but for NeRV-Enc
+        for r, c in zip(rows, columns):
+            used[r, :c] = True
+        self.register_buffer("used", used, persistent=False)
 
     def forward(self, tokens, frame):
         B, N, d = tokens.shape
         c = self.cfg
         x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
+        x = x[:, :self.layers[0].c_in]                                              # NeRV-Dec reads time alone
         x = x[:, None].expand(-1, B, -1, -1, -1).flatten(0, 1)                      # (T*B, 48, h, w)
         convs = [partial(conv, tokens=tokens) for conv in self.convs]
         video = render(self.layers, convs, x, c.side)                               # (T*B, 3, H, W)
@@ -306,7 +365,7 @@ class GenerativeNeRV(nn.Module):
 
 def flops(layer):
     """Floating-point operations of a layer for one frame, two for each multiply-add."""
-    applied = layer.size // 2 if layer.kind in ("transposed", "pixelshuffle") else layer.size
+    applied = layer.size // (2 if layer.kind == "transposed" else layer.shuffle)
     return 2 * layer.c_in * layer.c_out * layer.k ** 2 * applied ** 2
 
 

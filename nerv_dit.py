@@ -6,6 +6,7 @@
 
     python nerv_dit.py                                      # on the tokens of out/vae/ckpt.pt, whatever its data set
     python nerv_dit.py --vae out/k600/ckpt.pt --condition frames        # frame prediction, 5 given frames
+    torchrun --nproc_per_node=8 nerv_dit.py --vae out/vae/ckpt.pt       # --batch stays what all do together
 
 It writes out/dit/: tokens-*.npy (the cache), ckpt.pt, log.jsonl, step_XXXXXX.gif (samples).
 
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
-from nerv_vae import (Attention, Block, learning_rate, listen_for_stop, load_checkpoint, load_vae, mlp, pick_device,
-                      resume_or_start, save_checkpoint, sinusoids, update_ema)
+from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, agree, first_rank_first, guarded_step,
+                      learning_rate, leave, listen_for_stop, load_checkpoint, load_vae, mlp, my_share, not_finite,
+                      pick_device, resume_or_start, save_checkpoint, sinusoids, update_ema, write_log, writing)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop: preset row and clips (default: the tokenizer's)
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|nerv_enc: preset row, clips (the tokenizer's)
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)
@@ -61,6 +63,7 @@ class Config:
     lr: float = 1e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
+    grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
     ema: float = 0.999              # decay of the averaged weights that sampling uses (choice)
     # sampling
     sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (paper A3: 250 steps)
@@ -78,10 +81,11 @@ class Config:
 
 
 PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
-             ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8, log_every=100,
-             eval_every=10_000)
+             ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8,
+             log_every=100, eval_every=10_000)
 PRESETS = {"toy": {}, "laptop": dict(clips_per_video=4), "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
-           "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
+           "nerv_enc": PAPER, "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
+MADE_BY = "python nerv_dit.py"                          # stands in the checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- token cache
@@ -95,31 +99,44 @@ def cache_tokens(cfg, vae, device):
     """
     root = cfg.data_root or vae.cfg.data_root
     index = str(Path(cfg.vae).parent)                   # where stage 1 left its index of the videos
-    clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
+    with first_rank_first():
+        clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
     with_condition = cfg.condition in ("frames", "image", "edge")
     keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
     what = [file_hash(cfg.vae), [str(f) for f in clips.files or []], clips.labels.tolist(), cfg.clips_per_video,
             cfg.seed, cfg.condition if with_condition else ""]
     path = Path(cfg.out) / f"tokens-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, labels, row = path.with_suffix(".part"), [], 0
-        shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
-        cache = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-        loader = torch.utils.data.DataLoader(clips, 32, sampler=keys, num_workers=cfg.workers)
-        for video, label in tqdm(loader, desc="encoding clips", unit="batch", leave=False):
+    notes = path.with_suffix(".json")
+    shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
+    if not agree(int(path.exists() and notes.exists())):
+        part, labels = path.with_suffix(".part"), np.full(len(keys), -1)
+        if not RANK:
+            for stale in path.parent.glob("tokens-*.part"):                         # of a run that was killed
+                stale.unlink()
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        agree(0)
+        cache = np.lib.format.open_memmap(part, "r+")
+        mine = np.array_split(np.arange(len(keys)), WORLD)[RANK].tolist()           # each rank fills its rows
+        loader = torch.utils.data.DataLoader(clips, 32, sampler=[keys[i] for i in mine], num_workers=cfg.workers)
+        row = mine[0] if mine else 0
+        for video, label in tqdm(loader, desc="encoding clips", unit="batch", leave=False, disable=RANK > 0):
             video = video.to(device)
             with torch.no_grad():
                 rows = list(vae.encode(video))                                      # mean, logvar: (B, N, d) each
                 if with_condition:
                     rows.append(vae.encode(condition_video(video, cfg.condition))[0])
             cache[row:row + len(video)] = torch.stack(rows, 1).cpu().half().numpy()
-            labels, row = labels + label.tolist(), row + len(video)
+            labels[row:row + len(video)], row = label.numpy(), row + len(video)
         cache.flush()
-        meta = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
-        path.with_suffix(".json").write_text(json.dumps(meta))
-        os.replace(part, path)
-    return np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
+        labels = agree(labels.tolist())
+        if not RANK:
+            notes.write_text(json.dumps(dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)))
+            os.replace(part, path)
+        agree(0)
+    cache, meta = np.load(path, mmap_mode="r"), json.loads(notes.read_text())
+    if cache.shape != shape or cache.dtype != np.float16 or len(meta["labels"]) != len(keys):
+        raise SystemExit(f"{path} does not hold the tokens its name says; delete it, it will be made again")
+    return cache, meta
 
 
 def file_hash(path):
@@ -243,32 +260,33 @@ def ancestral_step(z, eps, now, then, noise):
     return mean + s2 / s * (1 - kept).clamp(min=0).sqrt() * noise
 
 
-def diffusion_loss(model, tokens, t, cond, schedule, gamma, own_step=0):
+def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
     """Min-SNR weighted error of the predicted noise; with own_step > 0 plus that of a second pass on the model's step.
 
     The second pass is scheduled sampling: walk from t to t - own_step with the model's own guess, then ask for the
     noise that separates *that* point from the true tokens, so that the truth stays the target.
-    Shapes:  tokens (B, N, d) normalised, t (B,) int in [own_step, 999], cond as DiT -> scalar
+    Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in [own_step, 999], cond as
+             DiT -> scalar
     Source:  paper Sec. 3.3, Eq. 2. Choice: the second target, as the paper names none
     """
     def at(t):
         return [c[t][:, None, None] for c in schedule]                              # alpha, sigma: (B, 1, 1)
 
-    def error(z, noise, t, eps):
+    def error(noise, t, eps):
         alpha, sigma = at(t)
         weight = min_snr_weight((alpha / sigma).square(), gamma)                    # (B, 1, 1)
         return (weight * (eps - noise).square()).mean()
 
-    noise, (alpha, sigma) = torch.randn_like(tokens), at(t)
-    z = alpha * tokens + sigma * noise                                              # (B, N, d)
+    alpha, sigma = at(t)
+    z = alpha * tokens + sigma * noise[0]                                           # (B, N, d)
     eps = model(z, t, cond)
-    loss = error(z, noise, t, eps)
+    loss = error(noise[0], t, eps)
     if own_step:
         with torch.no_grad():
-            z = ancestral_step(z, eps, at(t), at(t - own_step), torch.randn_like(z))
+            z = ancestral_step(z, eps, at(t), at(t - own_step), noise[1])
             alpha, sigma = at(t - own_step)
-            noise = (z - alpha * tokens) / sigma
-        loss = loss + error(z, noise, t - own_step, model(z, t - own_step, cond))
+            target = (z - alpha * tokens) / sigma
+        loss = loss + error(target, t - own_step, model(z, t - own_step, cond))
     return loss
 
 
@@ -309,9 +327,12 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
 
 def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl and sample pictures. Returns the checkpoint's path."""
-    device, path = pick_device(), Path(cfg.out) / "ckpt.pt"
+    device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
     vae, tokenizer = load_vae(cfg.vae, device), file_hash(cfg.vae)
-    ckpt = resume_or_start(cfg, device)
+    ckpt = resume_or_start(cfg, device, MADE_BY)
+    if ckpt and ckpt["vae_sha256"] != tokenizer:
+        raise SystemExit(f"{path} was trained on another tokenizer than {cfg.vae} is now; use another --out, or "
+                         "--no-resume")
     cache, meta = cache_tokens(cfg, vae, device)
     labels = torch.tensor(meta["labels"])
     classes = len(meta["classes"])
@@ -324,9 +345,9 @@ def train(cfg):
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step, state = 0, dict(model=model, ema=ema, opt=opt)
+    step, best, state = 0, math.inf, dict(model=model, ema=ema, opt=opt)
     if ckpt:
-        step = ckpt["step"]
+        step, best = ckpt["step"], ckpt["best"]
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
@@ -338,73 +359,88 @@ def train(cfg):
             return (pairs[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
         return torch.full_like(labels[rows], classes).to(device) if cfg.condition == "none" else labels[rows].to(device)
 
-    def save():
-        save_checkpoint(path, dict(step=step, config=dataclasses.asdict(cfg), classes=meta["classes"],
-                                   vae_sha256=tokenizer, tokens=list(model.token_mean.shape),
-                                   **{key: thing.state_dict() for key, thing in state.items()}))
+    def save(path):
+        return save_checkpoint(path, dict(step=step, best=best, config=dataclasses.asdict(cfg), classes=meta["classes"],
+                                          made_by=MADE_BY, vae_sha256=tokenizer, tokens=list(model.token_mean.shape),
+                                          **{key: thing.state_dict() for key, thing in state.items()}))
 
-    print(f"stage 2 on {device}: {len(cache)} cached clips, {cfg.backbone} "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.which)} tokens")
-    bar = tqdm(total=cfg.steps, initial=step, desc="stage 2", unit="step", smoothing=0.05)
-    since, shown_at, smooth, stop = time.perf_counter(), step, None, listen_for_stop()
+    if not RANK:
+        print(f"stage 2 on {device}{f' and {WORLD - 1} more' * (WORLD > 1)}: {len(cache)} cached clips, {cfg.backbone} "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.which)} tokens")
+    bar = tqdm(total=cfg.steps, initial=step, desc="stage 2", unit="step", smoothing=0.05, disable=RANK > 0)
+    since, shown_at, stop, saved = time.perf_counter(), step, listen_for_stop(), True
+    bad, recent = torch.zeros(2, device=device), torch.zeros(2, device=device)      # skipped; sum and count of losses
     while step < cfg.steps:
         # 1. A batch of cached token sets; the draw from each posterior is new every time.
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
         rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]                    # sorted: kinder to the disk
-        pairs = torch.from_numpy(cache[rows.numpy()]).to(device).float()            # (B, 2 or 3, N, d)
-        tokens = pairs[:, 0] + (pairs[:, 1] / 2).exp() * torch.randn_like(pairs[:, 0])
-        tokens = (tokens - model.token_mean) / model.token_std                      # (B, N, d)
-        # 2. What the model is told: a class, sometimes hidden so that guidance has something to compare with.
-        cond = condition(rows, pairs)
-        if cfg.condition == "class":
-            cond = torch.where(torch.rand(cfg.batch).to(device) < cfg.class_dropout, classes, cond)
-        # 3. Noise it to a random time and predict the noise; now and then also from the model's own next step.
         share = cfg.scheduled_sampling * min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
         own_step = cfg.ss_stride if torch.rand(()) < share else 0
-        t = torch.randint(own_step, 1000, (cfg.batch,)).to(device)                  # (B,)
-        with amp:
-            loss = diffusion_loss(forward, tokens, t, cond, schedule, cfg.min_snr_gamma, own_step)
-        # 4. One optimizer step, then the averaged weights follow.
+        t = torch.randint(own_step, 1000, (cfg.batch,))                             # (B,)
+        hidden = torch.rand(cfg.batch) < cfg.class_dropout                          # (B,)
+        noise = torch.randn(3, cfg.batch, *model.token_mean.shape, device=device)   # (3, B, N, d), for all ranks alike
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        opt.step()
+        for at in torch.arange(cfg.batch)[mine].chunk(cfg.grad_accum):
+            pairs = torch.from_numpy(cache[rows[at].numpy()]).to(device).float()    # (B, 2 or 3, N, d)
+            tokens = pairs[:, 0] + (pairs[:, 1] / 2).exp() * noise[2, at]
+            tokens = (tokens - model.token_mean) / model.token_std                  # (B, N, d)
+            # 2. What the model is told: a class, sometimes hidden so that guidance has something to compare with.
+            cond = condition(rows[at], pairs)
+            if cfg.condition == "class":
+                cond = cond.masked_fill(hidden[at].to(device), classes)
+            # 3. Noise it to a random time and predict the noise; now and then also from the model's own next step.
+            with amp:
+                loss = diffusion_loss(forward, tokens, noise[:2, at], t[at].to(device), cond, schedule,
+                                      cfg.min_snr_gamma, own_step)
+            (loss / cfg.grad_accum).backward()
+        # 4. One optimizer step, then the averaged weights follow.
+        grad_norm = guarded_step(opt, model, cfg.clip, bad)
         update_ema(ema, model, cfg.ema, step)
         step += 1
-        per_pass = loss.detach() / (2 if own_step else 1)
-        smooth = per_pass if smooth is None else smooth.lerp(per_pass, 0.02)
+        recent += torch.stack([loss.detach() / (2 if own_step else 1), torch.ones_like(loss)])
         bar.update()
 
         if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
-            row = dict(step=step, loss=smooth.item(), grad_norm=grad_norm.item(), lr=opt.param_groups[0]["lr"],
+            row = dict(step=step, loss=(recent[0] / recent[1]).item(), grad_norm=grad_norm.item(), skipped=int(bad[0]),
+                       lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
+            recent.zero_()
             bar.set_postfix(loss=f"{row['loss']:.4f}")
-            with open(path.with_name("log.jsonl"), "a") as log:
-                log.write(json.dumps(row) + "\n")
+            write_log(path.with_name("log.jsonl"), row)
+            if bad[1] >= 10:
+                raise SystemExit(not_finite(row, bad, [f"cache row {i}" for i in rows.tolist()]))
             if step % cfg.eval_every == 0 or step == cfg.steps:
-                save()
-                pick = torch.arange(16) * 1021 % len(cache)                         # a prime stride meets all classes
-                cond = condition(pick, torch.from_numpy(cache[pick.numpy()]).to(device).float())
-                noise = torch.randn(16, *model.token_mean.shape, generator=torch.Generator().manual_seed(0)).to(device)
-                guidance = cfg.guidance if cfg.condition == "class" else 1.0
-                z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
-                video = vae.decode(z, torch.arange(vae.cfg.frames, device=device).float()).cpu()    # (16, T, 3, H, W)
-                save_video(path.with_name(f"step_{step:06d}.gif"), tile(video, 4))
+                if row["loss"] < best:
+                    best = row["loss"]
+                    save(path.with_name("best.pt"))
+                saved = save(path)
+                if not RANK:
+                    pick = torch.arange(16) * 1021 % len(cache)                     # a prime stride meets all classes
+                    cond = condition(pick, torch.from_numpy(cache[pick.numpy()]).to(device).float())
+                    generator = torch.Generator().manual_seed(0)
+                    noise = torch.randn(16, *model.token_mean.shape, generator=generator).to(device)
+                    guidance = cfg.guidance if cfg.condition == "class" else 1.0
+                    z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
+                    frame = torch.arange(vae.cfg.frames, device=device).float()
+                    with writing(path.with_name(f"step_{step:06d}.gif")) as picture:
+                        save_video(picture, tile(vae.decode(z, frame).cpu(), 4))
             since, shown_at = time.perf_counter(), step
-        if stop:
-            save()
+        heard = agree(stop[0] if stop else 0)
+        if heard:
+            saved = save(path)
             bar.close()
-            print(f"stopped at step {step}; the same command continues {path}")
-            raise SystemExit(128 + stop[0])
+            leave(step, path, heard, saved)
     bar.close()
+    if not saved:
+        raise SystemExit(f"the last save of {path} failed: make room and give the same command again")
     return path
 
 
 def load_dit(path, device):
     """The trained denoiser: averaged weights, frozen, with .cfg, .class_names, .step and .vae_sha256."""
-    ckpt = load_checkpoint(path, device, "python nerv_dit.py")
+    ckpt = load_checkpoint(path, device, MADE_BY)
     model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"])).to(device).eval().requires_grad_(False)
     model.load_state_dict(ckpt["ema"])
     model.class_names, model.step, model.vae_sha256 = ckpt["classes"], ckpt["step"], ckpt["vae_sha256"]
@@ -416,7 +452,7 @@ def main(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--vae", default=Config.vae)
     vae = Path(first.parse_known_args(argv)[0].vae)
-    dataset = load_checkpoint(vae, "cpu", "python nerv_vae.py")["config"]["dataset"] if vae.exists() else None
+    dataset = load_checkpoint(vae, "cpu", VAE_MADE_BY)["config"]["dataset"] if vae.exists() else None
     return train(parse_config(Config, PRESETS, argv, dataset))
 
 

@@ -7,6 +7,8 @@
     python nerv_vae.py                                              # toy clips, laptop CPU, a few minutes
     python nerv_vae.py --dataset ucf --data-root UCF-101            # the paper's run (NeRV-Diffusion-S; --model B, L)
     python nerv_vae.py --dataset folder --data-root my_videos       # any tree of videos
+    python nerv_vae.py --dataset nerv_enc --data-root k400          # the paper's forerunner, NeRV-Enc
+    torchrun --nproc_per_node=8 nerv_vae.py --dataset ucf --data-root UCF-101       # --batch stays what all do together
 
 It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (one line a log step), step_XXXXXX.gif
 (held-out originals over reconstructions over their difference). The same command again continues where it stopped.
@@ -19,17 +21,22 @@ import json
 import math
 import os
 import signal
+import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import build_dataset, parse_config, save_video, tile
+from data import build_dataset, degrade, parse_config, save_video, tile
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -38,16 +45,17 @@ class Config:
     """Settings of stage 1; the defaults are the toy preset. Paper: A.1, A.2, Table A1; the rest is choice."""
 
     # data
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop: the clips, and the row of presets to start from
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|nerv_enc: the clips, and the row of presets
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
     split: str = "all"              # all, train, test or a list of groups such as 1-19,23: the videos that train
     frames: int = 8                 # T, frames per clip (paper: 16)
     stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
     resolution: int = 32            # H = W in pixels (paper: 128 and 256)
     flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
+    degrade: str = "none"           # none|downsample|blur|inpaint: what the encoder is shown instead (NeRV-Enc Table 8)
     workers: int = 0                # loader processes; 0 reads in the training process
     # weight tokens and decoder
-    model: str = "16"               # decoder width D: S, B, L (128, 256, 512; paper A.2) or a number of channels
+    model: str = "16"               # decoder width D: S, B, L (128, 256, 512; A.2) or a number; nerv_dec: NeRV-Enc's
     tokens: int = 32                # N, weight tokens a video (paper: 128, and 160 at 256 x 256)
     token_dim: int = 32             # d, channels a weight token (paper: 128)
     gen_channels: int = 8           # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
@@ -59,6 +67,10 @@ class Config:
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
     kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
+    layer_tokens: str = ""          # tokens x channels of each layer, as 4x256,0x0; empty: all read all (NeRV-Enc A.5)
+    expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc Table 10c)
+    normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc Table 10a)
+    conv_init: bool = True          # shared kernels start random, as a convolution; off: as ones (NeRV-Enc Table 10b)
     # encoder
     enc_depth: int = 2              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)
@@ -83,6 +95,7 @@ class Config:
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
     frames_per_step: int = 2        # frames decoded of each clip in a step, 0 for all: a frame needs no other to decode
+    grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA: a slow first step, then faster ones
@@ -97,12 +110,72 @@ class Config:
 
 PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
              pe_base=10000.0, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
-             kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
-             lr=1e-4, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+             kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4,
+             warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
+            "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
+            "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 47.4M, A.2: 47.6M
+            "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0}    # no VAE: mean tokens
 LAPTOP = dict(stride=2, flip=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4, enc_dim=192,
               batch=16, steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
-           "k600": PAPER, "folder": PAPER, "laptop": LAPTOP}
+           "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
+MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says; else alone
+
+
+def pick_device():
+    """This rank's device, CUDA where there is one; joins the other ranks. Denormals are flushed: slow, and no signal."""
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if WORLD > 1 and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return device
+
+
+def average_gradients(model):
+    """Give every rank the mean of all ranks' gradients, in one message once all are there: no bucket, no overlap."""
+    if WORLD > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+
+def agree(numbers):
+    """The largest of all ranks' numbers (or of each in a list), and a meeting point: all wait until all are here."""
+    value = torch.tensor(numbers)
+    if WORLD > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.tolist()
+
+
+@contextmanager
+def first_rank_first():
+    """What rank 0 does in here (scan a folder, download weights) is there for the others when their turn comes."""
+    if RANK:
+        agree(0)
+    yield
+    if not RANK:
+        agree(0)
+
+
+def my_share(cfg):
+    """The slice of a batch of cfg.batch that this rank works on. Raises SystemExit where it does not divide."""
+    if cfg.batch % (WORLD * cfg.grad_accum):
+        raise SystemExit(f"--batch {cfg.batch} does not divide into {WORLD} processes times --grad-accum "
+                         f"{cfg.grad_accum}; --batch is what all of them do together in a step")
+    each = cfg.batch // WORLD
+    return slice(RANK * each, (RANK + 1) * each)
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -139,6 +212,23 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d whose statistics are taken over the tokens of all ranks. Shapes: (n, dim) -> (n, dim)."""
+
+    def forward(self, x):
+        if WORLD == 1 or not self.training:
+            return super().forward(x)
+        sums = torch.cat([x.mean(0), x.square().mean(0)])                           # (2 * dim,)
+        mean, square = (dist.nn.functional.all_reduce(sums) / WORLD).chunk(2)       # (dim,) each, with gradient
+        var, n = square - mean.square(), WORLD * len(x)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            weight = self.momentum or 1 / self.num_batches_tracked
+            self.running_mean.lerp_(mean, weight)
+            self.running_var.lerp_(var * n / (n - 1), weight)
+        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+
+
 class NeRVEncoder(nn.Module):
     """The hypernetwork: reads a video as patches and writes the weights of its decoder into N query tokens.
 
@@ -165,7 +255,7 @@ class NeRVEncoder(nn.Module):
         # Small, or BatchNorm would see the queries' differences and scale those between videos down to nothing.
         self.queries = nn.Parameter(0.02 * torch.randn(cfg.tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.enc_heads) for _ in range(cfg.enc_depth))
-        self.norm = nn.BatchNorm1d(dim)
+        self.norm = BatchNorm(dim)
         self.bottleneck = nn.Linear(dim, 2 * cfg.token_dim)
         nn.init.zeros_(self.bottleneck.weight[cfg.token_dim:])
         nn.init.constant_(self.bottleneck.bias[cfg.token_dim:], cfg.logvar_start)
@@ -189,23 +279,28 @@ class NeRVEncoder(nn.Module):
 
 
 class NeRVVAE(nn.Module):
-    """Both halves. Shapes: video (B, T, 3, H, W), frame (k,) -> recon (B, k, 3, H, W), mean, logvar (B, N, d) each."""
+    """Both halves.
+
+    Shapes: video (B, T, 3, H, W), frame (k,), noise (B, N, d) -> recon (B, k, 3, H, W), mean, logvar (B, N, d) each
+    Units:  noise ~ N(0, 1), given from outside, so that a step does not depend on how its batch is divided
+    """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.encoder, self.decoder = cfg, NeRVEncoder(cfg), GenerativeNeRV(cfg)
 
     def encode(self, video):
-        """Shapes: video (B, T, 3, H, W) in [-1, 1] -> mean, logvar (B, N, d) each."""
-        return self.encoder(video)
+        """Shapes: video (B, T, 3, H, W) in [-1, 1] -> mean, logvar (B, N, d) each; what no layer reads is zero."""
+        mean, logvar = self.encoder(video)
+        return mean * self.decoder.used, logvar
 
     def decode(self, tokens, frame):
         """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1]."""
         return self.decoder(tokens, frame)
 
-    def forward(self, video, frame):
+    def forward(self, video, frame, noise):
         mean, logvar = self.encode(video)
-        tokens = mean + (logvar / 2).exp() * torch.randn_like(mean)                 # (B, N, d)
+        tokens = mean + (logvar / 2).exp() * noise                                  # (B, N, d)
         return self.decode(tokens, frame), mean, logvar
 
 
@@ -275,46 +370,91 @@ def critic_loss(critic, real, fake, r1_weight):
 # ---------------------------------------------------------------------------------------------- shared by both stages
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python to a temporary name, then rename it: no crash leaves half a file."""
+    """Write a dict of tensors and plain Python beside `path`, flush, then rename: no crash leaves half a file.
+
+    Only rank 0 writes. A full or read-only disk is told in one line and not raised, as training can still outlive it;
+    the checkpoint before stays. Returns whether the file was written.
+    """
+    if RANK:
+        return True
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                # the new name is on the disk, too
+        os.close(folder)
+    except (OSError, RuntimeError) as error:            # torch turns a failed write into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        print(f"could not write {path} ({reason}); what was there stays, the next save tries again", file=sys.stderr)
+        with writing(part):
+            part.unlink(missing_ok=True)
+        return False
+    return True
+
+
+@contextmanager
+def writing(what):
+    """Around a log line or a picture: a disk that is full is told in one line, and does not end the run."""
+    try:
+        yield what
+    except OSError as error:
+        print(f"could not write {what} ({error.strerror or error}); training goes on", file=sys.stderr)
 
 
 def load_checkpoint(path, device, made_by):
-    """The dict that save_checkpoint wrote; SystemExit that names the command `made_by` where there is none."""
+    """The dict that save_checkpoint wrote, parsed as data: no code in the file is run, no size in it is believed.
+
+    Raises: SystemExit naming the command `made_by` where there is no file, or what is wrong with the file
+    """
     if not Path(path).is_file():
         raise SystemExit(f"no checkpoint at {path}; make it with: {made_by}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                          # a damaged pickle raises nearly anything
+        with zipfile.ZipFile(path) as archive:
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+            whole = stored and archive.testzip() is None                            # every member's checksum
+        if whole:
+            ckpt = torch.load(path, map_location=device, weights_only=True)
+            if ckpt["made_by"] == made_by:
+                return ckpt
+    except PermissionError as error:
+        raise SystemExit(f"{path} may not be read ({error.strerror})") from error
+    except Exception as error:                          # a damaged archive raises nearly anything
         raise SystemExit(f"{path} is not a checkpoint of ours, or is damaged ({type(error).__name__})") from error
+    raise SystemExit(f"{path} was not made by {made_by}, but by {ckpt['made_by']}" if whole else
+                     f"{path} is damaged: its checksums do not agree with its contents")
 
 
 # A run may continue with other values of these; any other change would silently make it another experiment.
-HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "data_root",
+HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "checkpointing", "data_root",
             "sampler", "sample_steps", "guidance"}
 
 
-def resume_or_start(cfg, device):
+def resume_or_start(cfg, device, made_by):
     """The checkpoint to continue from, or None; refuses to continue with settings that differ where it matters."""
     path = Path(cfg.out) / "ckpt.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not cfg.resume:
-        os.replace(path, path.with_name("ckpt.old.pt"))
-        path.with_name("log.jsonl").unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").unlink(missing_ok=True)                           # a save that was killed half-way
+        if path.exists() and not cfg.resume and not RANK:
+            os.replace(path, path.with_name("ckpt.old.pt"))
+            path.with_name("log.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {cfg.out} cannot be written ({error.strerror}); choose another folder") from error
+    agree(0)
     if not path.exists():
         return None
-    ckpt = load_checkpoint(path, device, "this command")
+    ckpt = load_checkpoint(path, device, made_by)
     ours = dataclasses.asdict(cfg)
     differ = [f"--{k.replace('_', '-')} {v} (now {ours.get(k)})" for k, v in ckpt["config"].items()
               if k not in HARMLESS and ours.get(k) != v]
     if differ:
         raise SystemExit(f"{path} was trained with {', '.join(differ)}; use those, another --out, or --no-resume")
-    print(f"continuing {path} at step {ckpt['step']} of {cfg.steps}; --no-resume starts over")
+    if not RANK:
+        print(f"continuing {path} at step {ckpt['step']} of {cfg.steps}; --no-resume starts over")
     return ckpt
 
 
@@ -331,14 +471,22 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def batch_keys(dataset, cfg, step):
+    """The (video, seed) pairs of step `step`: they follow from (cfg.seed, step) alone, for all ranks together."""
+    rng = np.random.default_rng([cfg.seed, step])
+    return [(int(rng.integers(len(dataset))), int(rng.integers(2 ** 62))) for _ in range(cfg.batch)]
+
+
 def batches(dataset, cfg, start):
-    """Endless loader from step `start` on. Which videos, frames and flips step s sees depends on (seed, s) alone."""
-    def keys():
-        for step in range(start, cfg.steps):
-            rng = np.random.default_rng([cfg.seed, step])
-            yield [(int(rng.integers(len(dataset))), int(rng.integers(2 ** 62))) for _ in range(cfg.batch)]
-    return torch.utils.data.DataLoader(dataset, batch_sampler=keys(), num_workers=cfg.workers,
+    """Endless loader of this rank's share of each batch, from step `start` on."""
+    keys = (batch_keys(dataset, cfg, step)[my_share(cfg)] for step in range(start, cfg.steps))
+    return torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=cfg.workers,
                                        pin_memory=torch.cuda.is_available())
+
+
+def names_of(dataset, keys):
+    """What to call the videos of a batch in a message."""
+    return [str(dataset.files[i]) if dataset.files else f"clip {i}" for i, _ in keys]
 
 
 class OneClip:
@@ -368,11 +516,42 @@ def listen_for_stop():
     return seen
 
 
-def pick_device():
-    """CUDA where there is one. Denormal floats are flushed: on a CPU they are slow and mean nothing here."""
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def write_log(path, row):
+    """Append one line to log.jsonl; only rank 0 does."""
+    if not RANK:
+        with writing(path), open(path, "a") as log:
+            log.write(json.dumps(row) + "\n")
+
+
+def not_finite(row, bad, names):
+    """What to say when ten steps in a row were skipped."""
+    terms = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "clips_per_s")
+    return (f"{int(bad[1])} steps in a row had a loss or gradient that is not a number, and were skipped; stopped at "
+            f"{terms}; this batch: {', '.join(names)}. The checkpoint is from before; lower --lr, or look at these clips")
+
+
+def leave(step, path, heard, saved):
+    """End a run that was asked to stop by signal `heard`."""
+    if not saved:
+        raise SystemExit(f"stopped at step {step}, and the save of {path} failed: it is from an earlier step")
+    if not RANK:
+        print(f"stopped at step {step}; the same command continues {path}")
+    raise SystemExit(128 + heard)
+
+
+def guarded_step(opt, model, limit, bad):
+    """Average gradients over ranks, clip them to norm `limit`, step; but skip the step where one is not finite.
+
+    `bad` (2,) counts the skipped steps: all, and in a row. Returns the norm. Nothing here waits for the GPU: AdamW's
+    fused form looks at `found_inf` itself, as it does for torch's gradient scaler.
+    """
+    average_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    opt.found_inf = (~norm.isfinite()).float()
+    opt.step()
+    bad[0] += opt.found_inf
+    bad[1] = (bad[1] + 1) * opt.found_inf
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -387,32 +566,41 @@ def measure_batchnorm(ema, dataset, cfg, device):
     ema.encoder.norm.momentum = None                    # a plain mean over the batches
     ema.train()
     for (video, _), _ in zip(batches(dataset, cfg, 0), range(min(16, cfg.steps))):
-        ema.encode(video.to(device))
+        ema.encode(degrade(video.to(device), cfg.degrade))
     ema.eval()
 
 
 @torch.no_grad()
 def evaluate(model, clips, picture):
-    """Mean PSNR in dB over clips, frame by frame, through mean tokens; writes originals, reconstructions, differences.
+    """Mean PSNR in dB over clips, frame by frame, through mean tokens: of the output, and of what the encoder saw.
 
+    Writes a picture: originals over what was seen (if that is another thing), reconstructions, differences.
     Shapes: clips (n, T, 3, H, W) in [-1, 1]
     """
     device, frame = next(model.parameters()).device, torch.arange(clips.shape[1]).float()
-    recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in clips.split(8)])
-    mse = (recon - clips).square().mean((2, 3, 4))                                  # (n, T)
-    show = slice(0, min(8, len(clips)))
-    difference = (recon - clips).abs().sub(1)                                       # black where they agree
-    save_video(picture, tile(torch.cat([clips[show], recon[show], difference[show]]), min(8, len(clips))))
-    return float((10 * torch.log10(4 / mse.clamp(min=1e-12))).mean())
+    seen = degrade(clips, model.cfg.degrade)                                        # (n, T, 3, H, W)
+    recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(8)])
+    rows = [clips, recon, (recon - clips).abs().sub(1)]                             # the last: black where they agree
+    if model.cfg.degrade != "none":
+        rows.insert(1, seen)
+    with writing(picture):
+        columns = min(8, len(clips))
+        save_video(picture, tile(torch.cat([row[:columns] for row in rows]), columns))
+    psnr = [10 * torch.log10(4 / (x - clips).square().mean((2, 3, 4)).clamp(min=1e-12)) for x in (recon, seen)]
+    return [float(x.mean()) for x in psnr]
 
 
 def train(cfg):
-    """Train stage 1; write out/ckpt.pt, out/log.jsonl and pictures. Returns the checkpoint's path."""
-    device, path = pick_device(), Path(cfg.out) / "ckpt.pt"
+    """Train stage 1; write out/ckpt.pt, out/best.pt, out/log.jsonl and pictures. Returns the checkpoint's path."""
+    device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
     if cfg.gan_weight and cfg.frames_per_step not in (0, cfg.frames):
         raise SystemExit("the discriminator looks at whole clips: --gan-weight needs --frames-per-step 0")
-    ckpt = resume_or_start(cfg, device)
-    clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)
+    ckpt = resume_or_start(cfg, device, MADE_BY)
+    with first_rank_first():
+        clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)
+        if cfg.lpips_weight:
+            import lpips
+            perceptual = lpips.LPIPS(net=cfg.lpips_net, verbose=False).to(device).requires_grad_(False)
     if cfg.overfit:
         clips, held_out = OneClip(clips), []
     name, source = ("psnr_held_out", held_out) if len(held_out) else ("psnr_train", clips)
@@ -429,67 +617,68 @@ def train(cfg):
         critic = Discriminator(cfg).to(device)
         opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)    # MAGVIT's
         state.update(critic=critic, opt_d=opt_d)
-    if cfg.lpips_weight:
-        import lpips
-        perceptual = lpips.LPIPS(net=cfg.lpips_net, verbose=False).to(device).requires_grad_(False)
-    step = 0
+    step, best = 0, -math.inf
     if ckpt:
-        step = ckpt["step"]
+        step, best = ckpt["step"], ckpt["best"]
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
 
-    def save():
-        save_checkpoint(path, dict(step=step, config=dataclasses.asdict(cfg), classes=clips.classes,
-                                   **{key: thing.state_dict() for key, thing in state.items()}))
+    def save(path):
+        return save_checkpoint(path, dict(step=step, best=best, config=dataclasses.asdict(cfg), classes=clips.classes,
+                                          made_by=MADE_BY, **{key: thing.state_dict() for key, thing in state.items()}))
 
     size = sum(p.numel() for p in model.encoder.parameters()), sum(p.numel() for p in model.decoder.parameters())
-    print(f"stage 1 on {device}: {len(clips)} videos, encoder {size[0] / 1e6:.2f}M, decoder {size[1] / 1e6:.2f}M "
-          f"parameters, {cfg.tokens} tokens of {cfg.token_dim}")
-    bar = tqdm(total=cfg.steps, initial=step, desc="stage 1", unit="step", smoothing=0.05)
-    since, shown_at, stop = time.perf_counter(), step, listen_for_stop()
+    if not RANK:
+        print(f"stage 1 on {device}{f' and {WORLD - 1} more' * (WORLD > 1)}: {len(clips)} videos, encoder "
+              f"{size[0] / 1e6:.2f}M, decoder {size[1] / 1e6:.2f}M parameters, {cfg.tokens} tokens of {cfg.token_dim}")
+    bar = tqdm(total=cfg.steps, initial=step, desc="stage 1", unit="step", smoothing=0.05, disable=RANK > 0)
+    since, shown_at, stop, saved = time.perf_counter(), step, listen_for_stop(), True
+    bad, bad_d = torch.zeros(2, 2, device=device)                                   # skipped steps: all, in a row
     for video, _ in batches(clips, cfg, step):
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
-        video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W)
+        video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W), B of this rank
+        noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=device)[mine]              # (B, N, d)
         k = cfg.frames_per_step or cfg.frames
         frame = torch.randperm(cfg.frames)[:k].sort()[0].to(device)                 # (k,)
-
-        # 1. Encode, sample the tokens, decode k frames.
-        with amp:
-            recon, mean, logvar = forward(video, frame.float())                     # (B, k, 3, H, W), (B, N, d) twice
-        recon, target = recon.float(), video[:, frame]
-        # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
-        mse, kl = F.mse_loss(recon, target), kl_divergence(mean, logvar)            # scalar, (B, N, d)
-        loss, parts = mse + cfg.kl_weight * kl.sum((1, 2)).mean(), {}
-        with amp:
-            if cfg.lpips_weight:
-                parts["lpips"] = perceptual(recon.flatten(0, 1), target.flatten(0, 1)).float().mean()
-                loss = loss + cfg.lpips_weight * parts["lpips"]
-            if cfg.gan_weight and step >= cfg.gan_start:
-                critic.requires_grad_(False)
-                parts["gan"] = F.softplus(-critic(recon.transpose(1, 2)).float()).mean()
-                loss = loss + cfg.gan_weight * parts["gan"]
-        # 3. One optimizer step, then the averaged weights follow.
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        parts["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        opt.step()
+        gan, parts, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
+        for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
+            # 1. Encode, sample the tokens, decode k frames.
+            with amp:
+                recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), eps)
+            recon, target = recon.float(), clip[:, frame]                           # (B, k, 3, H, W) each
+            # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
+            mse, kl = F.mse_loss(recon, target), kl_divergence(mean, logvar)        # scalar, (B, N, d)
+            loss = mse + cfg.kl_weight * kl.sum((1, 2)).mean()
+            with amp:
+                if cfg.lpips_weight:
+                    parts["lpips"] = perceptual(recon.flatten(0, 1), target.flatten(0, 1)).float().mean()
+                    loss = loss + cfg.lpips_weight * parts["lpips"]
+                if gan:
+                    critic.requires_grad_(False)
+                    parts["gan"] = F.softplus(-critic(recon.transpose(1, 2)).float()).mean()
+                    loss = loss + cfg.gan_weight * parts["gan"]
+            (loss / cfg.grad_accum).backward()
+            pairs.append((target.transpose(1, 2), recon.detach().transpose(1, 2)))  # (B, 3, k, H, W) each
+        # 3. One optimizer step, then the averaged weights follow.
+        parts["grad_norm"] = guarded_step(opt, model, cfg.clip, bad)
         update_ema(ema, model, cfg.ema, step)
         # 4. Every few steps the critic learns to tell the two apart.
-        if cfg.gan_weight and step >= cfg.gan_start and step % cfg.gan_every == 0:
+        if gan and step % cfg.gan_every == 0:
             critic.requires_grad_(True)
-            with amp:
-                r1 = cfg.r1_weight * 16 if step // cfg.gan_every % 16 == 0 else 0   # lazily, 16 times as strong
-                loss_d, parts["d_real"], parts["d_fake"] = critic_loss(
-                    critic, target.transpose(1, 2), recon.transpose(1, 2), r1)
+            r1 = cfg.r1_weight * 16 if step // cfg.gan_every % 16 == 0 else 0       # lazily, 16 times as strong
+            opt_d.zero_grad(set_to_none=True)
+            for real, fake in pairs:
+                with amp:
+                    loss_d, parts["d_real"], parts["d_fake"] = critic_loss(critic, real, fake, r1)
+                (loss_d / cfg.grad_accum).backward()
             for group in opt_d.param_groups:
                 group["lr"] = cfg.gan_lr_ratio * learning_rate(step, cfg)
-            opt_d.zero_grad(set_to_none=True)
-            loss_d.backward()
-            opt_d.step()
+            guarded_step(opt_d, critic, math.inf, bad_d)
         step += 1
         bar.update()
 
@@ -497,29 +686,38 @@ def train(cfg):
             row = dict(step=step, loss=loss.item(), mse=mse.item(), psnr=psnr_from_mse(mse),
                        kl_per_dim=kl.mean().item(), token_std=mean.std().item(),
                        posterior_std=(logvar / 2).exp().mean().item(),
-                       **{key: value.item() for key, value in parts.items()}, lr=opt.param_groups[0]["lr"],
+                       **{key: value.item() for key, value in parts.items()}, skipped=int(bad[0] + bad_d[0]),
+                       lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
+            if bad[1] >= 10:
+                raise SystemExit(not_finite(row, bad, names_of(clips, batch_keys(clips, cfg, step - 1))))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 measure_batchnorm(ema, clips, cfg, device)
-                row[name] = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
-                bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel")
-                save()
+                if not RANK:
+                    row[name], row["psnr_in"] = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
+                    bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel"
+                              + f", of the degraded input {row['psnr_in']:.2f} dB" * (cfg.degrade != "none"))
+                    if row[name] > best:
+                        best = row[name]
+                        save(path.with_name("best.pt"))
+                saved = save(path)
             bar.set_postfix(psnr=f"{row['psnr']:.1f}dB", kl=f"{row['kl_per_dim']:.2f}")
-            with open(path.with_name("log.jsonl"), "a") as log:
-                log.write(json.dumps(row) + "\n")
+            write_log(path.with_name("log.jsonl"), row)
             since, shown_at = time.perf_counter(), step
-        if stop:
-            save()
+        heard = agree(stop[0] if stop else 0)
+        if heard:
+            saved = save(path)
             bar.close()
-            print(f"stopped at step {step}; the same command continues {path}")
-            raise SystemExit(128 + stop[0])
+            leave(step, path, heard, saved)
     bar.close()
+    if not saved:
+        raise SystemExit(f"the last save of {path} failed: make room and give the same command again")
     return path
 
 
 def load_vae(path, device):
     """The trained tokenizer: averaged weights, frozen, in evaluation mode, with .cfg and .classes."""
-    ckpt = load_checkpoint(path, device, "python nerv_vae.py")
+    ckpt = load_checkpoint(path, device, MADE_BY)
     model = NeRVVAE(Config(**ckpt["config"])).to(device).eval().requires_grad_(False)
     model.load_state_dict(ckpt["ema"])
     model.classes, model.step = ckpt["classes"], ckpt["step"]

@@ -165,7 +165,7 @@ def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
     torch.manual_seed(0)
     T, B, c_in, c_out, go, gi, k = 2, 3, 6, 10, 4, 2, 4 if kind == "transposed" else 3
     layer = generative_nerv.Layer(kind, c_in, c_out, k, 8, go, gi, 0)
-    conv = generative_nerv.ModulatedConv2d(layer, tiny(), slice(0, 6))
+    conv = generative_nerv.ModulatedConv2d(layer, tiny(), slice(0, 6), 8)
     x, z, conv.assemble = torch.randn(T * B, c_in, 8, 8), torch.randn(B, 6, 8), assemble
     with torch.no_grad():
         conv.bias.normal_()
@@ -240,7 +240,8 @@ def test_loss_is_zero_for_the_exact_denoiser_and_in_both_passes():
     point, schedule = torch.randn(1, 4, 8), nerv_dit.noise_schedule()
     t, tokens = torch.tensor([1, 300, 999]), point.expand(3, -1, -1)
     for own_step in (0, 1):
-        assert nerv_dit.diffusion_loss(OnePoint(point), tokens, t, torch.zeros(3), schedule, 5.0, own_step) < 1e-6
+        noise = torch.randn(2, 3, 4, 8)
+        assert nerv_dit.diffusion_loss(OnePoint(point), tokens, noise, t, torch.zeros(3), schedule, 5.0, own_step) < 1e-6
     early, late = (nerv_dit.noise_schedule()[0][i] for i in (0, 999))
     assert early > 0.99 and late < 0.01                                             # 0 is almost data, 999 almost noise
 
