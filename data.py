@@ -5,14 +5,22 @@
 Letters: B videos, T frames, R = H = W pixels, M videos in a dataset.
 Ranges:  a clip is float32 in [-1, 1], shape (T, 3, R, R); only files and `samples.npz` hold uint8 in 0..255.
 A dataset is indexed by (video, seed): the seed alone decides which frames of the video, and whether it is mirrored.
+
+    python data.py --dataset ucf --data-root UCF-101 --workers 8        # what it finds, and how fast it loads
+
+prints clips per second of the process itself (0 workers), with the share of decoding, resizing and copying clips into
+a batch, and then of the loader processes together.
 """
 import argparse
+import cProfile
 import dataclasses
 import inspect
 import json
 import os
+import pstats
 import re
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +32,25 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the loader's timing; training has its own, with the same names."""
+
+    dataset: str = "toy"            # toy|ucf|k600|folder: the clips
+    data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
+    split: str = "all"              # all, train, test or a list of groups such as 1-19,23
+    frames: int = 16                # T, frames per clip
+    stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
+    resolution: int = 128           # H = W in pixels
+    flip: bool = True               # mirror half of the clips
+    workers: int = 2                # loader processes of the second row
+    batch: int = 32                 # B, clips that are copied together
+    clips: int = 512                # clips to load for each row
+    out: str = "out/data"           # folder of index.json, the list of the videos
+    seed: int = 0                   # fixes which clips
+
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif"}
 TREE = """    {root}/
@@ -134,17 +161,16 @@ def decode(path, stamp=None):
         raise FileNotFoundError("not a regular file")
     # Names may hold colons and files may name addresses: both stay local files.
     with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
-        stream = file.streams.video[0]
+        stream, first = file.streams.video[0], None
         stream.codec_context.options = {"max_pixels": str(2 ** 25)}                 # 8K; damaged headers claim anything
         stream.codec_context.thread_count = 1           # loader workers and the scan run side by side already
         if stamp is not None:
             file.seek(stamp, stream=stream)
-        sizes = set()
         for frame in file.decode(stream):
-            sizes.add((frame.width, frame.height))
-            if len(sizes) > 1:
-                raise ValueError(f"frames of different sizes: {sizes}")
-            if sizes and (stamp is None or frame.pts == stamp):
+            size, first = (frame.width, frame.height), first or (frame.width, frame.height)
+            if size != first:
+                raise ValueError(f"frames change from {first} to {size} pixels")
+            if stamp is None or frame.pts == stamp:
                 stamp = None                            # the key frame is found: all from here on
                 yield frame
 
@@ -159,6 +185,8 @@ def survey(path):
         stamps.append(frame.pts)
         if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little and an index of them is long
             keys.append([k, frame.pts])
+    if not stamps:
+        raise ValueError("no frame decodes")
     rising = None not in stamps and all(a < b for a, b in zip(stamps, stamps[1:]))
     return len(stamps), keys if rising else keys[:1]    # B-frames in avi: stamps do not name frames
 
@@ -169,19 +197,18 @@ def count_frames(path):
 
 
 def read_frames(path, indices, keys=((0, None),)):
-    """Frames `indices` (ascending) of a video file, exactly: decoded from the last of `keys` before them, see `survey`.
+    """Frames `indices` (ascending) of a video file, exactly; decoding starts at the last of `keys` (`survey`) before.
 
     Shapes:  -> (len(indices), H, W, 3) uint8, turned upright
     Raises:  ValueError when the file is unreadable or ends too early
     """
-    problem = "it ends too early"
-    for first, stamp in (max(key for key in keys if key[0] <= indices[0]), (0, None)):      # a seek may fail: from 0 then
-        rgb = VideoReformatter()    # not PyAV's own: that one keeps threads, and a worker forked later waits for them
+    problem, scaler = "it ends too early", VideoReformatter()       # PyAV's own keeps threads, which no fork survives
+    for first, stamp in (max(key for key in keys if key[0] <= indices[0]), (0, None)):      # 0: where a seek failed
         try:
-            frames = zip(range(first, indices[-1] + 1), decode(path, stamp))
-            frames = [(frame.rotation, rgb.reformat(frame, format="rgb24", threads=1)) for k, frame in frames if k in indices]
+            frames = [frame for k, frame in zip(range(first, indices[-1] + 1), decode(path, stamp)) if k in indices]
             if len(frames) == len(indices):
-                return np.stack([np.rot90(frame.to_ndarray(), round(turn / 90)) for turn, frame in frames])
+                rgb = [scaler.reformat(frame, format="rgb24", threads=1).to_ndarray() for frame in frames]
+                return np.stack([np.rot90(x, round(frame.rotation / 90)) for x, frame in zip(rgb, frames)])
         except Exception as error:                      # hostile files raise anything
             problem = repr(error)
     raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem}")
@@ -199,7 +226,7 @@ def to_clip(frames, resolution):
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
     top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
     x = x[..., top:top + resolution, left:left + resolution]                        # (T, 3, R, R)
-    return x / 127.5 - 1
+    return (x / 127.5).sub_(1)
 
 
 def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
@@ -240,8 +267,7 @@ class VideoFolder:
         self.files = [p for p in good if (group_of(p.relative_to(root)) in train) != held_out]
         if not self.files and not held_out:
             raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; try --split all")
-        self.frames, self.keys = zip(*((index[name]["frames"], index[name]["keys"]) for name in map(
-            str, (p.relative_to(root) for p in self.files)))) if self.files else ((), ())
+        self.index = [index[str(p.relative_to(root))] for p in self.files]
         self.labels = np.array([self.classes.index(p.parent.name) for p in self.files], dtype=np.int64)
 
     def __len__(self):
@@ -251,12 +277,12 @@ class VideoFolder:
         i, seed = key
         rng = np.random.default_rng(seed)
         for _ in range(10):                             # a file that broke since the scan must not end a long run
-            cfg, n = self.cfg, self.frames[i]
+            cfg, n, keys = self.cfg, self.index[i]["frames"], self.index[i]["keys"]
             stride = cfg.stride or (n - 1) // max(cfg.frames - 1, 1)                # 0: evenly over the whole video
             start = rng.integers(n - (cfg.frames - 1) * stride)
             flip = cfg.flip and rng.random() < 0.5
             try:
-                clip = read_clip(self.files[i], int(start), cfg.frames, stride, cfg.resolution, self.keys[i])
+                clip = read_clip(self.files[i], int(start), cfg.frames, stride, cfg.resolution, keys)
                 return clip.flip(-1) if flip else clip, int(self.labels[i])
             except ValueError as error:
                 print(f"skipping: {error}", file=sys.stderr)
@@ -276,7 +302,7 @@ def scan(files, root, index_path):
         try:
             found.update(size=path.stat().st_size, mtime=path.stat().st_mtime)
             old = index.get(key, {})
-            if all(old.get(k) == found[k] for k in ("size", "mtime")) and "keys" in old:
+            if all(old.get(k) == found[k] for k in ("size", "mtime")) and old.get("keys"):     # not after an error
                 return key, old
             found["frames"], found["keys"] = survey(path)
         except Exception as problem:                    # hostile files raise anything; each is named in the index
@@ -340,11 +366,11 @@ def degrade(video, kind):
 
     Shapes:  video (..., T, 3, R, R) in [-1, 1] -> the same; kind none|downsample|blur|inpaint
     Source:  NeRV-Enc A.3. Choice: the appendix gives no strengths; these bring real clips at 256 x 256 near the input
-             PSNR of its Table 8: a twelfth of the pixels a side, a Gaussian of R / 40, every fifth cell of an 8 x 8 grid
+             PSNR of its Table 8: R / 22 pixels a side, a Gaussian of R / 40, every seventh cell of an 8 x 8 grid
     """
     R, flat = video.shape[-1], video.flatten(0, -4)                                 # (n, 3, R, R)
     if kind == "downsample":
-        small = F.interpolate(flat, max(R // 12, 1), mode="bilinear", antialias=True)
+        small = F.interpolate(flat, max(R // 22, 1), mode="bilinear", antialias=True)
         flat = F.interpolate(small, R, mode="bilinear")
     elif kind == "blur":
         reach = max(R // 13, 1)
@@ -354,7 +380,7 @@ def degrade(video, kind):
         flat = F.conv2d(F.conv2d(flat, tap, groups=3), tap.transpose(2, 3), groups=3)
     elif kind == "inpaint":
         cell = torch.arange(R, device=video.device) * 8 // R
-        hidden = (cell[:, None] * 2 + cell) % 5 == 0                                # (R, R): a knight's move apart
+        hidden = (cell[:, None] * 2 + cell) % 7 == 0                                # (R, R): a knight's move apart
         flat = flat.masked_fill(hidden, 0.0)
     return flat.view_as(video)
 
@@ -396,3 +422,36 @@ def save_video(path, video, fps=8, scale=None):
     else:
         frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
         iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
+
+
+# ---------------------------------------------------------------------------------------------- how fast clips load
+
+def main(argv=None):
+    """Command line: print what the data set holds and how fast it loads. Returns {workers: clips per second}."""
+    cfg = parse_config(Config, {}, argv)
+    torch.set_num_threads(1)                            # as in a loader process
+    dataset = build_dataset(cfg)
+    print(f"{len(dataset)} videos of {len(dataset.classes)} classes; clips of {cfg.frames} x {cfg.resolution}^2")
+    videos = np.random.default_rng(cfg.seed).integers(len(dataset), size=cfg.clips)
+    keys = [(int(i), seed) for seed, i in enumerate(videos)]
+    batches = [keys[k:k + cfg.batch] for k in range(0, cfg.clips, cfg.batch)]
+    rates, profile = {}, cProfile.Profile()
+    for workers in sorted({0, cfg.workers}):
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                             pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+        for _ in loader:                                # starts the processes and fills the disk cache
+            pass
+        start = time.perf_counter()
+        profile.runcall(lambda: [None for _ in loader])
+        rates[workers] = cfg.clips / (time.perf_counter() - start)
+        took = {name: row[3] * 1e3 / cfg.clips for (_, _, name), row in pstats.Stats(profile).stats.items()}
+        parts = dict(draw="draw_toy", decode="read_frames", resize="to_clip", copy="default_collate")
+        print(f"{workers} workers{rates[workers]:10.1f} clips/s   " + (
+            f"{rates[workers] / workers:.1f} each" if workers else "   ".join(
+                f"{part} {took[name]:.2f} ms = {took[name] * rates[0] / 10:.0f}%"
+                for part, name in parts.items() if name in took)))
+    return rates
+
+
+if __name__ == "__main__":
+    main()

@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
-from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, agree, first_rank_first, guarded_step,
-                      learning_rate, leave, listen_for_stop, load_checkpoint, load_vae, mlp, my_share, not_finite,
-                      pick_device, resume_or_start, save_checkpoint, sinusoids, update_ema, write_log, writing)
+from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, first_rank_first,
+                      guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae, mean_over_ranks,
+                      mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint, sinusoids, update_ema,
+                      write_log, writing)
 
 
 @dataclass(frozen=True)
@@ -369,7 +370,7 @@ def train(cfg):
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.which)} tokens")
     bar = tqdm(total=cfg.steps, initial=step, desc="stage 2", unit="step", smoothing=0.05, disable=RANK > 0)
     since, shown_at, stop, saved = time.perf_counter(), step, listen_for_stop(), True
-    bad, recent = torch.zeros(2, device=device), torch.zeros(2, device=device)      # skipped; sum and count of losses
+    bad, terms = torch.zeros(2, device=device), {}                                  # skipped steps: all, in a row
     while step < cfg.steps:
         # 1. A batch of cached token sets; the draw from each posterior is new every time.
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
@@ -395,18 +396,19 @@ def train(cfg):
                 loss = diffusion_loss(forward, tokens, noise[:2, at], t[at].to(device), cond, schedule,
                                       cfg.min_snr_gamma, own_step)
             (loss / cfg.grad_accum).backward()
+            add_up(terms, cfg.grad_accum, loss=loss / (2 if own_step else 1))       # a pass, on average
         # 4. One optimizer step, then the averaged weights follow.
-        grad_norm = guarded_step(opt, model, cfg.clip, bad)
+        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad), steps=torch.ones((), device=device))
         update_ema(ema, model, cfg.ema, step)
         step += 1
-        recent += torch.stack([loss.detach() / (2 if own_step else 1), torch.ones_like(loss)])
         bar.update()
 
         if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
-            row = dict(step=step, loss=(recent[0] / recent[1]).item(), grad_norm=grad_norm.item(), skipped=int(bad[0]),
-                       lr=opt.param_groups[0]["lr"],
+            sums = mean_over_ranks(terms)               # over the steps since the last line
+            row = dict(step=step, **{key: sums[key] / sums["steps"] for key in ("loss", "grad_norm")},
+                       skipped=int(bad[0]), lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
-            recent.zero_()
+            terms = {}
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             write_log(path.with_name("log.jsonl"), row)
             if bad[1] >= 10:

@@ -114,7 +114,7 @@ PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=
              warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
 NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
             "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
-            "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 47.4M, A.2: 47.6M
+            "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 46.8M, A.2: 47.6M
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0}    # no VAE: mean tokens
 LAPTOP = dict(stride=2, flip=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4, enc_dim=192,
               batch=16, steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
@@ -516,6 +516,20 @@ def listen_for_stop():
     return seen
 
 
+def add_up(terms, passes, **values):
+    """Add each value's share to its mean over the passes of a step; tensors stay where they are, nothing waits."""
+    for key, value in values.items():
+        terms[key] = terms.get(key, 0) + value.detach().float() / passes
+
+
+def mean_over_ranks(terms):
+    """A dict of scalar tensors as plain numbers, each the mean over ranks: the only place that waits for the GPU."""
+    values = torch.stack(list(terms.values())).cpu()
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return dict(zip(terms, (values / WORLD).tolist()))
+
+
 def write_log(path, row):
     """Append one line to log.jsonl; only rank 0 does."""
     if not RANK:
@@ -645,7 +659,7 @@ def train(cfg):
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
-        gan, parts, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
+        gan, terms, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
         for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
             # 1. Encode, sample the tokens, decode k frames.
             with amp:
@@ -656,16 +670,20 @@ def train(cfg):
             loss = mse + cfg.kl_weight * kl.sum((1, 2)).mean()
             with amp:
                 if cfg.lpips_weight:
-                    parts["lpips"] = perceptual(recon.flatten(0, 1), target.flatten(0, 1)).float().mean()
-                    loss = loss + cfg.lpips_weight * parts["lpips"]
+                    close = perceptual(recon.flatten(0, 1), target.flatten(0, 1)).float().mean()
+                    loss = loss + cfg.lpips_weight * close
+                    add_up(terms, cfg.grad_accum, lpips=close)
                 if gan:
                     critic.requires_grad_(False)
-                    parts["gan"] = F.softplus(-critic(recon.transpose(1, 2)).float()).mean()
-                    loss = loss + cfg.gan_weight * parts["gan"]
+                    fooled = F.softplus(-critic(recon.transpose(1, 2)).float()).mean()
+                    loss = loss + cfg.gan_weight * fooled
+                    add_up(terms, cfg.grad_accum, gan=fooled)
             (loss / cfg.grad_accum).backward()
+            add_up(terms, cfg.grad_accum, loss=loss, mse=mse, kl_per_dim=kl.mean(), token_std=mean.std(),
+                   posterior_std=(logvar / 2).exp().mean())
             pairs.append((target.transpose(1, 2), recon.detach().transpose(1, 2)))  # (B, 3, k, H, W) each
         # 3. One optimizer step, then the averaged weights follow.
-        parts["grad_norm"] = guarded_step(opt, model, cfg.clip, bad)
+        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad))
         update_ema(ema, model, cfg.ema, step)
         # 4. Every few steps the critic learns to tell the two apart.
         if gan and step % cfg.gan_every == 0:
@@ -674,8 +692,9 @@ def train(cfg):
             opt_d.zero_grad(set_to_none=True)
             for real, fake in pairs:
                 with amp:
-                    loss_d, parts["d_real"], parts["d_fake"] = critic_loss(critic, real, fake, r1)
+                    loss_d, d_real, d_fake = critic_loss(critic, real, fake, r1)
                 (loss_d / cfg.grad_accum).backward()
+                add_up(terms, cfg.grad_accum, d_real=d_real, d_fake=d_fake)
             for group in opt_d.param_groups:
                 group["lr"] = cfg.gan_lr_ratio * learning_rate(step, cfg)
             guarded_step(opt_d, critic, math.inf, bad_d)
@@ -683,12 +702,10 @@ def train(cfg):
         bar.update()
 
         if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
-            row = dict(step=step, loss=loss.item(), mse=mse.item(), psnr=psnr_from_mse(mse),
-                       kl_per_dim=kl.mean().item(), token_std=mean.std().item(),
-                       posterior_std=(logvar / 2).exp().mean().item(),
-                       **{key: value.item() for key, value in parts.items()}, skipped=int(bad[0] + bad_d[0]),
+            row = dict(step=step, **mean_over_ranks(terms), skipped=int(bad[0] + bad_d[0]),
                        lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
+            row["psnr"] = psnr_from_mse(row["mse"])
             if bad[1] >= 10:
                 raise SystemExit(not_finite(row, bad, names_of(clips, batch_keys(clips, cfg, step - 1))))
             if step % cfg.eval_every == 0 or step == cfg.steps:

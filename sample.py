@@ -1,4 +1,4 @@
-"""From checkpoints to videos: generate, interpolate, look between and beyond the frames, reconstruct, predict.
+"""From checkpoints to videos: generate, interpolate, look between and beyond the frames, predict, compress.
 
     python sample.py                            # 16 videos: out/samples/*.mp4, samples.gif, samples.png, samples.npz
     python sample.py --interp                   # and the way from one video's weights to another's
@@ -8,22 +8,32 @@
     python sample.py --reconstruct --n 256      # original.npz and reconstruction.npz of held-out clips, for fvd.py
     python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge)
     python sample.py --interp --video-a a.mp4 --video-b b.mp4       # between two real videos
+    python sample.py --compress clip.mp4 --bits 8                   # a video as a few kilobytes: clip.nerv
+    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, clip.nerv.gif
+    python sample.py --bench --model S          # how fast this machine runs the paper's sizes: a table, bench.json
 
 Letters: n videos, T frames, H = W pixels, N weight tokens, d channels a token. lambda: 1 is video a, 0 is video b.
 Ranges:  pixels are in [-1, 1] until they are written; samples.npz holds uint8. mp4 and gif are lossy, for eyes only.
 """
+import heapq
 import json
+import math
 import os
 import re
+import time
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import nerv_dit
+import nerv_vae
 from data import build_dataset, condition_video, count_frames, parse_config, read_clip, save_video, tile, to_uint8
+from generative_nerv import GenerativeNeRV, flops, positional_embedding, render
 from nerv_dit import file_hash, load_dit, sample_tokens
 from nerv_vae import load_vae, pick_device
 
@@ -42,17 +52,25 @@ class Config:
     extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
     predict: str = ""               # a video file to continue, animate or redraw (Sec. 4.3, E.7)
+    compress: str = ""              # a video file whose first clip becomes a .nerv file (NeRV-Enc A.4)
+    bits: int = 8                   # 4|5|6|7|8|32: of a number in the .nerv file; 32 keeps float32
+    decompress: str = ""            # a .nerv file to play
     # how
     sampler: str = ""               # ddpm or ddim; empty: as the DiT was configured
     sample_steps: int = 0           # 0: as the DiT was configured
     guidance: float = 0.0           # 1 is off; 0: as the DiT was configured
-    batch: int = 16                 # videos at once
+    batch: int = 0                  # videos at once; 0: 16, and 1 with --bench (paper E.1)
     seed: int = 0                   # fixes the noise of every video
     # where
     dit: str = "out/dit/ckpt.pt"    # checkpoint of nerv_dit.py
     vae: str = ""                   # checkpoint of nerv_vae.py; empty: the one the DiT was trained on
     out: str = "out/samples"        # folder that everything is written to
     fps: int = 8                    # of gif and mp4
+    # how fast
+    bench: bool = False             # time the paper's sizes with random weights (Tables A2, A3, E.16); nothing is read
+    model: str = "S"                # S|B|L: decoder that --bench times
+    resolution: int = 128           # 128|256: pixels of the clips that --bench times
+    device: str = "auto"            # auto|cpu|cuda: where --bench runs
 
 
 # ---------------------------------------------------------------------------------------------- pieces
@@ -138,14 +156,150 @@ def clip_settings(vae):
 
 
 def load_videos(path, count):
-    """The first videos of an .npz of ours as floats. Shapes: -> (count, T, 3, H, W) in [-1, 1]."""
-    with np.load(path) as file:
-        return torch.from_numpy(file["videos"][:count]).movedim(-1, 2).float() / 127.5 - 1
+    """The first videos of an .npz of ours as floats. Shapes: -> (count, T, 3, H, W) in [-1, 1].
+
+    The header is believed only where it agrees with the file's size; all is read once, so that zip's checksum counts.
+    Raises: SystemExit for a file that is truncated, altered or not of ours
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("videos.npy") as file:
+            info = archive.getinfo("videos.npy")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > os.path.getsize(path):
+                raise ValueError("videos.npy is not stored as it is")
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if fortran or dtype != np.uint8 or len(shape) != 5 or shape[4] != 3 or min(shape) < 1 or (
+                    math.prod(shape) != info.file_size - file.tell()):
+                raise ValueError(f"videos.npy claims to be {dtype} of {shape}")
+            shape = (min(count, shape[0]), *shape[1:])
+            videos = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
+            while file.read(1 << 20):                   # to the end, where zipfile compares the checksum
+                pass
+    except Exception as error:                          # whatever a hostile file makes the readers raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"{path} is not a whole .npz of sample.py ({reason}); make it again") from error
+    return torch.tensor(videos).movedim(-1, 2).float() / 127.5 - 1                  # (count, T, 3, H, W)
 
 
 def film_strips(videos):
     """One row a video, time from left to right. Shapes: (n, T, 3, H, W) -> (1, 3, H', W')."""
     return tile(videos.flatten(0, 1)[:, None], videos.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------- .nerv files
+
+def quantise(tokens, bits):
+    """Each number becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
+
+    Shapes:  tokens (N, d) float -> levels (N, d) uint8, low, scale; levels * scale + low is at most scale / 2 off
+    Source:  NeRV-Enc A.4, Eq. 2. Choice: one range for all tokens of a video; arithmetic in float64
+    """
+    x = np.asarray(tokens, np.float64)
+    low, scale = float(x.min()), float(x.max() - x.min()) / (2 ** bits - 1)
+    return np.round((x - low) / (scale or 1)).astype(np.uint8), low, scale
+
+
+def code_lengths(counts):
+    """Bits of each symbol's Huffman code, a byte each, 0 for one that never occurs. Shapes: counts (n,) -> n bytes."""
+    lengths, heap = [0] * len(counts), [(int(c), [s]) for s, c in enumerate(counts) if c]
+    heapq.heapify(heap)
+    if len(heap) == 1:
+        lengths[heap[0][1][0]] = 1                      # a lone symbol still takes a bit, or its number would be lost
+    while len(heap) > 1:                                # the two rarest groups become one, and a bit longer each
+        (a, left), (b, right) = heapq.heappop(heap), heapq.heappop(heap)
+        for symbol in left + right:
+            lengths[symbol] += 1
+        heapq.heappush(heap, (a + b, left + right))
+    return bytes(lengths)
+
+
+def canonical_codes(lengths):
+    """{symbol: code}: each code is the one before plus one, shorter codes first, so that lengths say all."""
+    codes, code, last = {}, 0, 0
+    for length, symbol in sorted((length, s) for s, length in enumerate(lengths) if length):
+        code <<= length - last
+        if code >> length:
+            raise ValueError("no code has such lengths")
+        codes[symbol], code, last = code, code + 1, length
+    return codes
+
+
+def huffman_encode(symbols, lengths):
+    """Shapes: symbols (n,) int, lengths bytes -> bytes, the last one filled up with zeros."""
+    words = {s: f"{code:0{lengths[s]}b}" for s, code in canonical_codes(lengths).items()}
+    bits = "".join(words[s] for s in symbols.tolist())
+    return np.packbits(np.frombuffer(bits.encode(), np.uint8) - ord("0")).tobytes()
+
+
+def huffman_decode(payload, lengths, count):
+    """The inverse. Shapes: bytes, bytes -> (count,) uint8. Raises: ValueError where it cannot be one."""
+    symbols = {(lengths[s], code): s for s, code in canonical_codes(lengths).items()}
+    if count > 8 * len(payload):                        # each takes a bit at least: known before memory is taken
+        raise ValueError("the payload is too short")
+    found, n, length, code, longest = np.empty(count, np.uint8), 0, 0, 0, max(lengths)
+    for byte in payload:
+        for shift in range(7, -1, -1):
+            length, code = length + 1, 2 * code + (byte >> shift & 1)
+            if (length, code) in symbols:
+                found[n] = symbols[length, code]
+                n, length, code = n + 1, 0, 0
+                if n == count:
+                    return found
+            elif length >= longest:
+                raise ValueError("the payload holds a code that is not in the table")
+    raise ValueError("the payload is too short")
+
+
+MAGIC, LARGEST = b"NeRV\x01", 1 << 22                   # its last byte: version 1; no token set of ours is near 4 MiB
+
+
+def pack_tokens(tokens, bits, **header):
+    """Tokens (N, d) as the bytes of a .nerv file. Its parts, in this order, integers being little-endian:
+
+    magic, 5 bytes | length of the header, 4 bytes | header, JSON: shape, bits, low, scale and what the caller adds |
+    below 32 bits: 2^bits code lengths, a byte each | payload: Huffman codes, or float32 | CRC-32 of all that, 4 bytes
+    """
+    tokens, low, scale = tokens.float().cpu().numpy(), 0.0, 0.0
+    body = tokens.astype("<f4").tobytes()
+    if bits < 32:
+        levels, low, scale = quantise(tokens, bits)
+        lengths = code_lengths(np.bincount(levels.ravel(), minlength=2 ** bits))
+        body = lengths + huffman_encode(levels.ravel(), lengths)
+    head = json.dumps(dict(shape=tokens.shape, bits=bits, low=low, scale=scale, **header)).encode()
+    blob = MAGIC + len(head).to_bytes(4, "little") + head + body
+    return blob + zlib.crc32(blob).to_bytes(4, "little")
+
+
+def unpack_tokens(blob):
+    """Header and tokens (N, d) float32 of the bytes of a .nerv file. Raises: ValueError and its like for any other."""
+    if blob[:len(MAGIC)] != MAGIC:
+        raise ValueError("it does not begin like one")
+    if zlib.crc32(blob[:-4]) != int.from_bytes(blob[-4:], "little"):
+        raise ValueError("its checksum is wrong: truncated or altered")
+    start = len(MAGIC) + 4 + int.from_bytes(blob[5:9], "little")
+    header, body = json.loads(blob[9:start]), blob[start:-4]
+    (N, d), bits = header["shape"], header["bits"]
+    if any(type(v) is not int or v < 1 for v in (N, d, bits)) or bits > 8 and bits != 32:
+        raise ValueError("its header has impossible sizes")
+    if bits == 32:
+        values = np.frombuffer(body, "<f4").astype(np.float32)
+    else:
+        levels = huffman_decode(body[2 ** bits:], body[:2 ** bits], N * d)
+        values = (levels * float(header["scale"]) + float(header["low"])).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("its tokens are not numbers")
+    return header, torch.from_numpy(values.reshape(N, d))
+
+
+def read_nerv(path):
+    """Header and tokens of a .nerv file, parsed as data alone. Raises: SystemExit that says what is wrong with it."""
+    try:
+        if os.path.getsize(path) > LARGEST:
+            raise ValueError("it is larger than any token set")
+        with np.errstate(over="ignore", invalid="ignore"):
+            return unpack_tokens(Path(path).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise SystemExit(f"{path} cannot be read as a .nerv file ({error}); make it again with --compress") from error
 
 
 # ---------------------------------------------------------------------------------------------- what the flags do
@@ -255,17 +409,208 @@ def predict(cfg, vae, dit, device, out, how):
     print(f"wrote {out}/predict.gif and .png: the video, what was shown ({dit.cfg.condition}), {cfg.n} answers")
 
 
+def compress(cfg, vae, device, out):
+    """The first clip of a video file as a .nerv file; prints what each number of bits would cost and keep."""
+    tokens, clip = file_tokens(cfg.compress, vae, device)                           # (N, d), (T, 3, H, W)
+    if not tokens.isfinite().all():
+        raise SystemExit(f"the tokenizer makes tokens of {cfg.compress} that are not finite; train it again")
+    c, path = vae.cfg, out / (Path(cfg.compress).stem + ".nerv")
+    about = dict(vae_sha256=vae.sha256, frames=c.frames, resolution=c.resolution)
+    blobs, psnr = {bits: pack_tokens(tokens, bits, **about) for bits in (4, 5, 6, 7, 8, 32)}, {}
+    for bits, blob in blobs.items():
+        stored = unpack_tokens(blob)[1].to(device)                                  # (N, d)
+        video = vae.decode(stored[None], torch.arange(c.frames, device=device).float())[0].cpu()    # (T, 3, H, W)
+        psnr[bits] = float((10 * torch.log10(4 / (video - clip).square().mean((1, 2, 3)).clamp(min=1e-12))).mean())
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        file.write(blobs[cfg.bits])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    print(" bits    bytes   bits/pixel   PSNR dB   lost dB")
+    for bits, blob in blobs.items():
+        print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / (c.frames * c.resolution ** 2):12.4f} {psnr[bits]:9.2f} "
+              f"{psnr[32] - psnr[bits]:9.3f}")
+    print(f"wrote {path} at {cfg.bits} bits: {c.frames} frames of {c.resolution} x {c.resolution}")
+
+
+def decompress(cfg, vae, vae_path, device, out):
+    """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
+    header, tokens = read_nerv(cfg.decompress)                                      # tokens (N, d)
+    made_by, c = str(header.get("vae_sha256")), vae.cfg
+    if made_by != vae.sha256:
+        raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae_path} (its sha256 starts "
+                         f"{made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one with --vae")
+    if tokens.shape != (c.tokens, c.token_dim):
+        raise SystemExit(f"{cfg.decompress} has {tuple(tokens.shape)} tokens, {vae_path} has {c.tokens, c.token_dim}")
+    frame = torch.arange(c.frames, device=device).float()
+    video = vae.decode(tokens[None].to(device), frame)[0].cpu()                     # (T, 3, H, W)
+    path = out / Path(cfg.decompress).name              # clip.nerv.mp4: clip.mp4 may be the original in the same folder
+    for suffix in (".mp4", ".gif"):
+        save_video(path.with_name(path.name + suffix), video, cfg.fps)
+    print(f"wrote {path}.mp4 and .gif: {c.frames} frames of {c.resolution} x {c.resolution}")
+
+
+# ---------------------------------------------------------------------------------------------- how fast; skip it
+
+def encoder_flops(c):
+    """Of NeRVEncoder for one clip, two for each multiply-add, counted from its layers."""
+    patches, dim = c.frames // c.patch_frames * (c.resolution // c.patch) ** 2, c.enc_dim
+    L = patches + c.tokens                              # 24 L dim^2: qkv, proj and mlp have 3 + 1 + 4 + 4 dim^2 weights
+    blocks = c.enc_depth * (24 * L * dim ** 2 + 4 * L ** 2 * dim)
+    return blocks + 6 * patches * c.patch_frames * c.patch ** 2 * dim + 4 * c.tokens * dim * c.token_dim
+
+
+def dit_flops(c, N, d):
+    """Of one pass of DiT over one token set with a class condition."""
+    blocks = c.depth * (24 * N * c.dim ** 2 + 4 * N ** 2 * c.dim + 12 * c.dim ** 2)
+    return blocks + 4 * N * d * c.dim + 2 * (256 * c.dim + c.dim ** 2) + 4 * c.dim ** 2
+
+
+def peak_memory(device, reset=False):
+    """Peak bytes since the last reset: of CUDA's allocator, of this process on Linux, 0 where neither can be asked."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            return Path("/proc/self/clear_refs").write_text("5")                    # VmHWM falls to what is in use now
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return 0
+
+
+def measure(call, device, budget):
+    """Call it until `budget` seconds or 100 times are over. Returns seconds of the first call, and of the others."""
+    sync, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    peak_memory(device, reset=True)
+    while not times or sum(times) < budget and len(times) < 101:
+        sync()
+        start = time.perf_counter()
+        call()
+        sync()
+        times.append(time.perf_counter() - start)
+    return times[0], times[1:] or times                 # a call longer than the budget needs no warm-up
+
+
+def bench(cfg, device, out, c, dc):
+    """Time every part at the sizes of c (stage 1) and dc (stage 2) with random weights, against this machine's ceiling.
+
+    The ceiling is the larger of two times: operations at the rate of one large matrix product, and bytes at the rate of
+    one large copy, both timed here. The bytes are those that no program can avoid: weights, input and output once (9
+    times the weights in a training step: two passes, gradients, AdamW). Memory is what comes on top of an idle process.
+    Source: paper Tables A2, A3, E.16. No LPIPS, no GAN; bfloat16 autocast and torch.compile on CUDA only
+    """
+    gpu, B, up, rows = device.type == "cuda", cfg.batch, c.resolution // c.pe_size, []
+    compiled, dtype = torch.compile if gpu else lambda f: f, torch.bfloat16 if gpu else torch.float32
+    amp, n = torch.autocast(device.type, torch.bfloat16, enabled=gpu), 8192 if gpu else 2048
+    peak_memory(device, reset=True)
+    idle, size = peak_memory(device), lambda module: sum(p.numel() for p in module.parameters())
+    x, y = torch.randn(2, n, n, device=device, dtype=dtype)
+    matmul = 2 * n ** 3 / min(measure(lambda: x @ y, device, 3)[1])                 # FLOP/s
+    x, y = torch.zeros(2, 2 ** 28 if gpu else 2 ** 26, device=device)
+    copy = 8 * x.numel() / min(measure(lambda: x.copy_(y), device, 3)[1])           # bytes/s, read and written
+    del x, y
+    machine = dict(device=torch.cuda.get_device_name() if gpu else "CPU", threads=torch.get_num_threads(), batch=B,
+                   model=c.model, resolution=c.resolution, dtype=str(dtype), torch=torch.__version__,
+                   matmul_tflop_per_s=matmul / 1e12, copy_gb_per_s=copy / 1e9)
+    print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()))
+    print(f"{'':<42}  params M tokens     TFLOP   latency s  compile s  peak GB  share  calls")
+
+    def row(name, call, flop, weights, moved=0, scale=1):
+        """The thing takes `scale` times as long as the call, and moves `moved` bytes besides its weights."""
+        first, times = measure(call, device, 15)
+        latency, floor = scale * float(np.median(times)), max(flop / matmul, (4 * weights + moved) / copy)
+        rows.append(dict(name=name, params=weights, tokens=c.tokens, tflop=flop / 1e12, latency_s=latency,
+                         compile_s=first - times[0] if gpu else 0.0, peak_gb=(peak_memory(device) - idle) / 1e9,
+                         floor_s=floor, share=floor / latency, calls=len(times), scale=scale))
+        r = rows[-1]
+        print(f"{name:<42} {weights / 1e6:9.3f} {c.tokens:6d} {r['tflop']:9.3f} {latency:11.4f} {r['compile_s']:10.1f} "
+              f"{r['peak_gb']:8.2f} {r['share']:6.1%} {len(times):6d}", flush=True)
+
+    def training(name, model, loss, flop):
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            opt.zero_grad(set_to_none=True)
+            with amp:
+                value = loss()
+            value.backward()
+            opt.step()
+        row(name, step, flop, size(model), moved=32 * size(model))
+
+    frame, z = torch.arange(c.frames, device=device).float(), torch.randn(B, c.tokens, c.token_dim, device=device)
+    video = torch.rand(B, c.frames, 3, c.resolution, c.resolution, device=device) * 2 - 1
+    vae = nerv_vae.NeRVVAE(c).to(device)
+    encode, decode, pixels = compiled(vae.encoder), compiled(vae.decoder), 4 * video[0].numel()
+    one, clip = size(vae.decoder), c.frames * sum(map(flops, vae.decoder.layers))   # weights; operations for a clip
+    vae.eval()
+    with torch.no_grad(), amp:
+        net = vae.decoder.instantiate(z[0])
+        fast, own = compiled(net), sum(b.numel() for b in net.buffers())            # own: without the affine heads
+        row("decode", lambda: decode(z, frame), B * clip, one, B * pixels)
+        row("decode one clip, instantiated", lambda: fast(frame), clip, own, pixels)
+        if 720 % up == 0:                               # convolutions do not mind the grid: at 128, 45 x 80 cells of 16
+            x = positional_embedding(frame[:1], 1280 // up, c.pe_dim, c.pe_base)[:, :, :720 // up]  # (1, 48, 45, 80)
+            row("one frame of 1280 x 720, instantiated", lambda: render(net.layers, net.convs, x, c.side),
+                clip / c.frames * 1280 * 720 / c.resolution ** 2, own, 12 * 1280 * 720)
+        row("encode", lambda: encode(video), B * encoder_flops(c), size(vae.encoder), B * pixels)
+    z16 = torch.randn(16, c.tokens, c.token_dim, device=device)
+    for form, assemble in (("factored", False), ("a kernel each", True)):           # a training step, no optimizer
+        twin = GenerativeNeRV(c).to(device)
+        for conv in twin.convs:
+            conv.assemble = assemble
+        row(f"decoder fp32 16 x 1 frames, {form}", lambda: twin(z16, frame[:1]).square().mean().backward(),
+            48 * clip / c.frames, one, 8 * one)
+    del twin
+    vae.train()
+
+    def vae_loss():
+        mean, logvar = encode(video)
+        recon = decode(mean + (logvar / 2).exp() * torch.randn_like(mean), frame)
+        return (recon.float() - video).square().mean() + c.kl_weight * nerv_vae.kl_divergence(mean, logvar).sum() / B
+    training("training step, stage 1", vae, vae_loss, 3 * B * (clip + encoder_flops(c)))
+    del vae, encode, decode, net, fast
+    dit, cond = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device), torch.zeros(B, device=device, dtype=torch.long)
+    fast, t, schedule = compiled(dit), torch.full((B,), 500, device=device), nerv_dit.noise_schedule(device)
+    each = dit_flops(dc, c.tokens, c.token_dim)
+    noise = torch.randn(2, *z.shape, device=device)
+    training("training step, stage 2", dit, lambda: nerv_dit.diffusion_loss(fast, z, noise, t, cond, schedule, 5.0),
+             3 * B * each)
+    for sampler, steps in (("ddpm", 250), ("ddim", 50)):
+        timed = steps if gpu else 2
+        with amp:
+            row(f"{steps} {sampler} steps, guidance 2" + (f" (2 timed, x {steps // 2})" if timed < steps else ""),
+                lambda: sample_tokens(fast, cond, z, sampler, timed, 2.0), steps * 2 * B * each, size(dit),
+                4 * size(dit) * (steps - 1), steps // timed)
+    (out / "bench.json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
+    print(f"wrote {out}/bench.json")
+
+
 def main(argv=None):
     """Command line of sample.py. Returns the folder written to."""
     cfg, device = parse_config(Config, {}, argv), pick_device()
+    cfg = replace(cfg, batch=cfg.batch or (1 if cfg.bench else 16))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    if cfg.bench:
+        if cfg.device == "cuda" != device.type:
+            raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
+        row = "ucf256" if cfg.resolution == 256 else "ucf"
+        stage1 = {**nerv_vae.PRESETS[row], "model": cfg.model, "checkpointing": False}
+        bench(cfg, torch.device("cpu") if cfg.device == "cpu" else device, out, nerv_vae.Config(**stage1),
+              nerv_dit.Config(**nerv_dit.PRESETS[row]))
+        return out
     with torch.no_grad():
-        if cfg.reconstruct:
+        if cfg.reconstruct or cfg.compress or cfg.decompress:
             path = cfg.vae or "out/vae/ckpt.pt"
             vae = load_vae(path, device)
             vae.sha256 = file_hash(path)
-            reconstruct(cfg, vae, device, out)
+            if cfg.reconstruct:
+                reconstruct(cfg, vae, device, out)
+            if cfg.compress:
+                compress(cfg, vae, device, out)
+            if cfg.decompress:
+                decompress(cfg, vae, path, device, out)
             return out
         dit = load_dit(cfg.dit, device)
         path = cfg.vae or dit.cfg.vae

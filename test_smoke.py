@@ -5,10 +5,19 @@ skipped where that is absent.
 """
 import json
 import math
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -133,29 +142,77 @@ def test_other_parameter_counts():
     assert abs(count(encoder) + heads - 177.6) < 0.5
 
 
-VARIANTS = [{}, *[dict(parameterization=p) for p in ("fmm", "repeat")], *[dict(reuse=r) for r in ("none", "direct")],
-            *[dict(upsample=u) for u in ("pixelshuffle", "bilinear")], *[dict(side=s) for s in ("skip", "none")],
-            *[dict(pe_size=s) for s in (1, 4, 16)], dict(model="6", gen_channels=16), dict(tokens=23, token_dim=5)]
+REPEAT = dict(parameterization="repeat")
+VARIANTS = [{}, dict(parameterization="fmm"), *[dict(expand=e, **REPEAT) for e in ("in", "out", "taps")],
+            *[dict(reuse=r) for r in ("none", "direct")], *[dict(upsample=u) for u in ("pixelshuffle", "bilinear")],
+            *[dict(side=s) for s in ("skip", "none")], *[dict(pe_size=s) for s in (1, 4, 16)], dict(normalize=False),
+            dict(conv_init=False, **REPEAT), dict(model="6", gen_channels=16), dict(tokens=23, token_dim=5),
+            dict(tokens=128, token_dim=8), *[dict(degrade=d) for d in ("downsample", "blur", "inpaint")]]
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "default")
-def test_every_decoder_variant(change):
+def test_every_tokenizer_variant(change):
     """Catches a variant whose plain CNN differs, that starts dead or exploding, or that leaves parameters untrained."""
     torch.manual_seed(0)
     cfg = tiny(**{"model": "24", "gen_channels": 8, "tokens": 20, **change})
-    net, z = generative_nerv.GenerativeNeRV(cfg), torch.randn(3, cfg.tokens, cfg.token_dim)
-    for conv in net.convs if cfg.parameterization == "channel" else []:
+    model, video = nerv_vae.NeRVVAE(cfg), torch.rand(3, 4, 3, 32, 32) * 2 - 1
+    net, z, frame, maps = model.decoder, torch.randn(3, cfg.tokens, cfg.token_dim), torch.tensor([0., 1.5, 9.]), []
+    for conv in net.convs if cfg.parameterization == "channel" and cfg.normalize else []:
         conv.assemble = False                           # the form that real widths use
-    frame = torch.tensor([0., 1.5, 9.])
-    maps = []
     for conv in net.convs:
         conv.register_forward_hook(lambda m, i, out: maps.append(out.square().mean().sqrt().item()))
-    video = net(z, frame)
+    sample = net(z, frame)
     assert 0.2 < min(maps) and max(maps) < 3.5
     for b in range(3):                                  # a group order or an offset gone wrong shows here
-        torch.testing.assert_close(net.instantiate(z[b])(frame), video[b], rtol=1e-3, atol=1e-4)
-    (video * torch.randn_like(video)).mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+        torch.testing.assert_close(net.instantiate(z[b])(frame), sample[b], rtol=1e-3, atol=1e-4)
+    recon, mean, logvar = model(data.degrade(video, cfg.degrade), torch.arange(4.0), torch.randn_like(z))
+    loss = F.mse_loss(recon, video) + 1e-5 * nerv_vae.kl_divergence(mean, logvar).sum()
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_nerv_enc_preset_fits_its_kernels():
+    """Catches layers that read other layers' tokens, or sizes that leave the appendix's: 4x256, 128x144, 64x288, none."""
+    torch.manual_seed(0)
+    cfg = nerv_vae.Config(**{**nerv_vae.NERV_ENC, "enc_depth": 0})
+    net, maps = generative_nerv.GenerativeNeRV(cfg), []
+    assert [conv.numel for conv in net.convs if conv.head] == [4 * 256, 128 * 144, 64 * 288] and not net.convs[3].head
+    assert net.used.sum() == 37_888 and [conv.shared.shape[1] for conv in net.convs] == [16, 16, 32, 16]
+    for conv in net.convs:
+        conv.register_forward_hook(lambda m, i, out: maps.append(out.square().mean().sqrt().item()))
+    z, frame = torch.randn(2, cfg.tokens, cfg.token_dim), torch.tensor([0.5])
+    video = net(z, frame)
+    assert video.shape == (2, 1, 3, 256, 256) and 0.2 < min(maps) and max(maps) < 3
+    torch.testing.assert_close(net.instantiate(z[1])(frame), video[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(net(torch.where(net.used, z, 9.0), frame), video)    # what no layer reads does not matter
+    video.mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_repeated_numbers_fill_the_side_they_should():
+    """Catches numbers repeated along another side than asked for (NeRV-Enc Table 10c), or added instead of multiplied."""
+    layer = generative_nerv.Layer("conv", 8, 12, 3, 8, 0, 0, 0)
+    for axis, expand in enumerate(("out", "in", "taps")):
+        conv = generative_nerv.ModulatedConv2d(layer, tiny(expand=expand, normalize=False, **REPEAT), slice(0, 6), 8)
+        ratio = (conv.kernel(torch.randn(2, 6, 8)) / conv.kernel(torch.zeros(2, 6, 8))).flatten(3)  # (2, 12, 8, 9)
+        runs = [ratio.unfold(a + 1, 4, 4).flatten(0, -2) for a in range(3)]         # four neighbours along each side
+        assert [bool((run - run[:, :1]).abs().max() < 1e-4) for run in runs] == [a == axis for a in range(3)]
+
+
+@pytest.mark.parametrize("backbone", ["dit", "gpt", "latte"])
+@pytest.mark.parametrize("condition", ["class", "frames"])
+def test_every_denoiser_trains_everywhere(backbone, condition):
+    """Catches a layer that the loss does not reach. Rows of classes that are not in the batch get none, rightly."""
+    torch.manual_seed(0)
+    model = nerv_dit.DiT(nerv_dit.Config(**TINY_DIT, backbone=backbone, condition=condition), 6, 8, classes=3)
+    for p in model.parameters():                        # gates start at zero, on purpose; open them
+        torch.nn.init.normal_(p, std=0.2)
+    tokens, noise, t = torch.randn(4, 6, 8), torch.randn(2, 4, 6, 8), torch.tensor([1, 9, 400, 999])
+    cond = torch.tensor([0, 1, 2, 3]) if condition == "class" else torch.randn(4, 6, 8)
+    loss = nerv_dit.diffusion_loss(model, tokens, noise, t, cond, nerv_dit.noise_schedule(), 5.0, own_step=1)
+    loss.backward()
+    unused = {"final_adaln.weight", "final_adaln.bias"} if backbone == "gpt" else set()             # it has no adaLN
+    assert {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()} == unused
 
 
 @pytest.mark.parametrize("assemble", [False, True])
@@ -324,6 +381,139 @@ def test_bad_files_are_skipped_counted_and_named(tree, tmp_path, capsys):
     assert len(index) == 8 and index["a/text.avi"]["error"] and index["a/text.avi"]["frames"] == 0
 
 
+def write_clip(path, count=12, size=(48, 64), codec="libx264", pixels="yuv420p", gop=12, stamps=None, **container):
+    """A clip whose left half has grey level 20 k in frame k, and whose right half is white."""
+    with av.open(str(path), "w", **container) as file:
+        stream = file.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = *size, pixels, gop
+        for k in range(count):
+            picture = np.full((*size, 3), 255, np.uint8)
+            picture[:, :size[1] // 2] = 20 * k % 256
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = (stamps[k] if stamps else k), Fraction(1, 25)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return Path(path).read_bytes()
+
+
+def bad_files(folder):
+    """Thirty kinds of file that no run can use, in `folder`."""
+    whole = {kind: write_clip(folder / f"cut.{kind}", codec=codec) for kind, codec in
+             [("mp4", "libx264"), ("mov", "libx264"), ("avi", "mpeg4"), ("mkv", "libx264"), ("webm", "libvpx-vp9")]}
+    iio.imwrite(folder / "cut.gif", np.arange(12, dtype=np.uint8).repeat(48 * 64 * 3).reshape(12, 48, 64, 3) * 20)
+    whole["gif"] = (folder / "cut.gif").read_bytes()
+    for kind, content in whole.items():                                                     # 1-6: truncated
+        (folder / f"cut.{kind}").write_bytes(content[:len(content) * 2 // 5])
+    mp4, noise = whole["mp4"], np.random.default_rng(0).bytes(4000)
+    image = np.zeros((48, 64, 3), np.uint8)
+    media = mp4.index(b"mdat") + 4
+    raw = write_clip(folder / "raw.avi", codec="rawvideo", pixels="bgr24")
+    size = raw.index(b"strf") + 12
+    huge = np.array([60000, 60000], "<i4").tobytes()
+    for name, content in {
+            "empty.mp4": b"", "empty.avi": b"", "text.avi": b"not a video", "page.webm": b"<html>404 Not Found</html>",
+            "list.mp4": b"#EXTM3U\n#EXTINF:2,\nhttp://127.0.0.1:9/x.ts\n", "chain.mov": b"ffconcat version 1.0\nfile a",
+            "noise.mkv": noise, "zeros.avi": bytes(4000), "tail.mp4": mp4[len(mp4) // 2:],
+            "index.mp4": mp4.replace(b"moov", b"xxxx"), "scrambled.mp4": mp4[:media] + noise[:600] + mp4[media + 600:],
+            "picture.mp4": iio.imwrite("<bytes>", image, extension=".png"),
+            "photo.avi": iio.imwrite("<bytes>", image, extension=".jpg"),
+            "wide.gif": whole["gif"][:6] + b"\xe0\x2e\xe0\x2e" + whole["gif"][10:],
+            "raw.avi": raw[:size] + huge + raw[size + 8:]}.items():                         # 7-21
+        (folder / name).write_bytes(content)
+    write_clip(folder / "one.mp4", 1)                                                       # 22
+    write_clip(folder / "one.gif", 1, codec="gif", pixels="rgb8")                           # 23
+    write_clip(folder / "seven.mkv", 7)                                                     # 24: one too few
+    both = [write_clip(folder / "grows.mp4", size=s, format="h264") for s in ((48, 64), (64, 96))]
+    (folder / "grows.mp4").write_bytes(b"".join(both))                                      # 25
+    for name, codec in (("sound.mp4", "aac"), ("sound.avi", "pcm_s16le")):                  # 26, 27
+        with av.open(str(folder / name), "w") as file:
+            stream = file.add_stream(codec, rate=8000)
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32 if codec == "aac" else np.int16),
+                                               format="fltp" if codec == "aac" else "s16", layout="mono")
+            sound.sample_rate = 8000
+            file.mux(stream.encode(sound))
+            file.mux(stream.encode())
+    (folder / "dangling.mp4").symlink_to("nowhere.mp4")                                     # 28
+    (folder / "itself.mp4").symlink_to("itself.mp4")                                        # 29
+    os.mkfifo(folder / "pipe.mp4")                                                          # 30
+    (folder / "empty.mp4").chmod(0)                                                         # root may read it
+    (folder / "loop").symlink_to("..")
+
+
+def test_thirty_bad_files_beside_ten_good_ones(tmp_path, capsys):
+    """Catches a hostile file that ends, hangs or bloats a run or shifts the labels, and odd good ones read wrongly."""
+    root = tmp_path / "tree"
+    for folder in ("a", "b.avi", "broken", "c"):        # a folder may be called like a video
+        (root / folder).mkdir(parents=True)
+    bad_files(root / "broken")
+    write_clip(root / "a/plain.mp4")
+    write_clip(root / "a/odd.mkv", size=(47, 63), pixels="yuv444p")
+    write_clip(root / "a/large.mp4", 8, size=(2160, 3840))
+    write_clip(root / "a/rates.mp4", stamps=[k * k for k in range(12)])
+    upright = write_clip(root / "b.avi/turned.mp4")
+    matrix = upright.index(b"tkhd") + 44                # a quarter turn to the right
+    turn = np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    (root / "b.avi/turned.mp4").write_bytes(upright[:matrix] + turn + upright[matrix + 36:])
+    write_clip(root / "b.avi/deep.mkv", codec="ffv1", pixels="yuv420p10le")
+    write_clip(root / "b.avi/grey.mkv", codec="ffv1", pixels="gray")
+    write_clip(root / "c/alpha.mov", codec="qtrle", pixels="argb")
+    write_clip(root / "c/it's \"a\"\nnew: é 漢 %03d.mp4")
+    write_clip(root / "c/name.avi", codec="mpeg4")
+    os.rename(root / "c/name.avi", os.fsencode(root) + b"/c/\xff.avi")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    videos = data.build_dataset(folder_config(root, tmp_path / "out", frames=8))
+    assert "30 of 40 videos" in capsys.readouterr().out
+    assert [videos.classes[i][0] for i in videos.labels] == list("aaaabbbccc") and len(videos.classes) == 4
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    refused = {name: found for name, found in index.items() if found["frames"] < 8}
+    assert len(index) == 40 and len(refused) == 30 and all(name.startswith("broken/") for name in refused)
+    assert all(found["error"] or found["frames"] for found in refused.values())
+    for i, path in enumerate(videos.files):
+        clip, label = videos[i, i]
+        clip = clip.transpose(2, 3) if path.name == "turned.mp4" else clip
+        dark = (clip[..., 8:24, 2:8].mean((1, 2, 3)) + 1) * 127.5                           # (T,)
+        assert clip.shape == (8, 3, 32, 32) and label == videos.labels[i], path
+        assert (dark.diff() - 20).abs().max() < 4 and clip[..., -6:].mean() > 0.95, (path, dark)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6, "more than 1 GB"
+    again = data.build_dataset(folder_config(root, tmp_path / "out", frames=8))
+    assert again.files == videos.files                  # from the index, names that are no text included
+
+
+def test_a_file_deleted_while_training(tmp_path, capsys):
+    """Catches a file that vanished after the scan and ends the run, or whose label stays behind with another clip."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_clip(tmp_path / name / "x.mp4")
+    videos = data.build_dataset(folder_config(tmp_path, tmp_path))
+    videos.files[0].unlink()
+    assert {videos[0, seed][1] for seed in range(4)} == {1}
+    assert "skipping" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, codec", [("x.mp4", "libx264"), ("x.mkv", "libx264"), ("x.mov", "mpeg4"),
+                                         ("x.avi", "mpeg4"), ("x.webm", "libvpx-vp9")])
+def test_seeking_is_exact(tmp_path, name, codec):
+    """Catches a seek to a wrong frame, and pixels that depend on where decoding began."""
+    write_clip(tmp_path / name, 50, codec=codec)
+    count, keys = data.survey(tmp_path / name)
+    whole = data.read_frames(tmp_path / name, range(50))
+    assert count == 50 and len(keys) >= 4 and len({frame.tobytes() for frame in whole}) > 12
+    for start in range(47):
+        assert np.array_equal(data.read_frames(tmp_path / name, range(start, start + 4), keys), whole[start:start + 4])
+    stamp = keys[2][1]
+    assert next(data.decode(tmp_path / name, stamp)).pts == stamp                           # it did seek ..
+    for wrong in (-5, 10 ** 9):                                                             # .. and else starts over
+        assert np.array_equal(data.read_frames(tmp_path / name, [30, 33], [[0, None], [24, wrong]]), whole[[30, 33]])
+
+
+def test_loader_bench(tmp_path, tree, capsys):
+    """Catches a timing command that does not run, or that loses a part of what a clip costs."""
+    rates = data.main(flags(dict(dataset="folder", data_root=tree, out=tmp_path, frames=4, resolution=32, workers=1,
+                                 clips=16, batch=8)))
+    told = capsys.readouterr().out
+    assert set(rates) == {0, 1} and all(part in told for part in ("decode", "resize", "copy", "1 workers"))
+
+
 def test_split_keeps_groups_apart(tree, tmp_path):
     """Catches a split by clip, which leaks: clips of one group are cut from one source video."""
     train, held = (data.build_dataset(folder_config(tree, tmp_path, split="train"), held_out=h) for h in (False, True))
@@ -378,6 +568,22 @@ def test_saved_videos_read_back(tmp_path):
     assert data.to_uint8(torch.full((3, 1, 1), 0.997))[0, 0, 0] == 255              # 254.6: rounded, not cut
 
 
+def test_degraded_videos():
+    """Catches a degradation that does nothing, moves pixels about, or touches the clip it was given."""
+    video = torch.stack([data.draw_toy(np.random.default_rng(i), i, 4, 64) for i in range(8)])      # (8, 4, 3, 64, 64)
+    before = video.clone()
+    for kind in ("downsample", "blur", "inpaint"):
+        seen = data.degrade(video, kind)
+        error = (seen - video).square().mean()
+        assert seen.shape == video.shape and seen.abs().max() <= 1.001 and error > 1e-4
+        shifted = torch.roll(seen, 4, -1)               # where the damage is centred, no shift comes closer
+        assert (shifted - video).square().mean() > error
+        assert torch.equal(data.degrade(video[3:4], kind), seen[3:4])
+    hidden = (data.degrade(video, "inpaint") == 0).all(2).float().mean()
+    assert abs(hidden - 1 / 7) < 0.02 and torch.equal(video, before) and data.degrade(video, "none") is not None
+    assert torch.equal(data.degrade(video, "none"), video)
+
+
 def test_condition_videos():
     """Catches a condition that shows the future, or edges that leave the pixel range."""
     video = torch.rand(2, 16, 3, 8, 8) * 2 - 1
@@ -418,34 +624,139 @@ def test_ema_formula():
     torch.testing.assert_close(old.weight.detach(), expected)
 
 
-@pytest.mark.parametrize("stage", ["vae", "dit"])
-def test_resume_is_exact(run, tmp_path, stage):
-    """Catches an unsaved optimizer, EMA or step, and clips or noise that start over: 2 + 2 steps are 4 steps."""
-    main, base = {"vae": (nerv_vae.main, flags({**TINY, "steps": 4})),
-                  "dit": (nerv_dit.main, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 4})])}[stage]
-    whole = torch.load(main([*base, "--out", str(tmp_path / "whole")]), weights_only=True)
-    keep = nerv_vae.save_checkpoint if stage == "vae" else nerv_dit.save_checkpoint
+@pytest.mark.parametrize("stage", ["vae", "gan with workers", "dit"])
+def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
+    """Catches unsaved state, and clips or noise that start over: 3 steps, SIGTERM, 3 steps are 6 steps, bit by bit."""
+    gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=0, gan_start=1,
+               batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2)
+    module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6})),
+                    "gan with workers": (nerv_vae, flags({**TINY, **gan, "steps": 6})),
+                    "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 6, "scheduled_sampling": 1.0,
+                                                                     "ss_ramp": 0.0})])}[stage]
+    whole = torch.load(module.main([*base, "--out", str(tmp_path / "whole")]), weights_only=True)
+    keep = module.update_ema
 
-    class Stop(Exception):
-        pass
+    def stop_in_the_third_step(ema, model, decay, step):
+        keep(ema, model, decay, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def save_then_stop(path, state):
-        keep(path, state)
-        if state["step"] == 2:
-            raise Stop
-
-    module = nerv_vae if stage == "vae" else nerv_dit
-    module.save_checkpoint = save_then_stop
-    try:
-        with pytest.raises(Stop):
-            main([*base, "--out", str(tmp_path / "halves")])
-    finally:
-        module.save_checkpoint = keep
-    resumed = torch.load(main([*base, "--out", str(tmp_path / "halves")]), weights_only=True)
-    assert resumed["step"] == whole["step"] == 4
-    for part in ("model", "ema"):
+    monkeypatch.setattr(module, "update_ema", stop_in_the_third_step)
+    with pytest.raises(SystemExit) as stop:
+        module.main([*base, "--out", str(tmp_path / "halves")])
+    assert stop.value.code == 143
+    monkeypatch.setattr(module, "update_ema", keep)
+    assert torch.load(tmp_path / "halves/ckpt.pt", weights_only=True)["step"] == 3
+    resumed = torch.load(module.main([*base, "--out", str(tmp_path / "halves")]), weights_only=True)
+    assert resumed["step"] == whole["step"] == 6
+    for part in {"model", "ema", "critic"} & set(whole):
         for name, value in whole[part].items():
             assert torch.equal(value, resumed[part][name]), f"{part}.{name} differs after resuming"
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_two_processes_are_one(run, tree, tmp_path, stage):
+    """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients summed for averaged."""
+    gan = dict(dataset="folder", data_root=tree, gan_weight=1.0, gan_every=1, frames_per_step=0, gan_start=0, steps=5,
+               lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=1e-4, eval_every=5)
+    module, words = {"vae": (nerv_vae, flags({**TINY, **gan})),
+                     "dit": (nerv_dit, ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5})])}[stage]
+    if stage == "dit":                                  # a tokenizer of the little tree, so that its cache is quick
+        nerv_vae.main(["--out", str(run.out / "two"), *flags({**TINY, **gan, "steps": 1})])
+    one = torch.load(module.main([*words, "--out", str(tmp_path / "one")]), weights_only=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", module.__file__]
+    result = subprocess.run([*torchrun, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = torch.load(tmp_path / "two/ckpt.pt", weights_only=True)
+    # Attention does not depend on a shift of all keys, nor BatchNorm on one of its input: their biases get rounding
+    # errors for gradients, which Adam makes as large as any.
+    free = ("qkv.bias", "blocks.0.mlp.2.bias", "norm.running_mean") if stage == "vae" else ("qkv.bias",)
+    for part in {"model", "ema", "critic"} & set(one):
+        for name, value in one[part].items():
+            if not name.endswith(free):
+                torch.testing.assert_close(value, two[part][name], rtol=0, atol=1e-5, msg=f"{part}.{name}")
+    logs = [[json.loads(line) for line in open(tmp_path / which / "log.jsonl")] for which in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5) for key in a if key != "clips_per_s")
+
+
+def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(tree, tmp_path, monkeypatch):
+    """Catches one bad batch that ruins the weights for good, and a run that goes on for days without learning."""
+    settings = {**TINY, "dataset": "folder", "data_root": tree, "patch_frames": 2, "gan_weight": 0.0, "workers": 0,
+                "lpips_weight": 0.0, "frames_per_step": 0, "steps": 6, "eval_every": 6}
+    keep, calls = F.mse_loss, []
+
+    def bad_third(a, b):
+        calls.append(1)
+        return keep(a, b) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(nerv_vae.F, "mse_loss", bad_third)
+    ckpt = torch.load(nerv_vae.main(["--out", str(tmp_path / "a"), *flags(settings)]), weights_only=True)
+    rows = [json.loads(line) for line in open(tmp_path / "a/log.jsonl")]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert {float(s["step"]) for s in ckpt["opt"]["state"].values()} == {5.0}
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in ckpt[part].values())
+    monkeypatch.setattr(nerv_vae.F, "mse_loss", lambda a, b: keep(a, b) * math.nan)
+    with pytest.raises(SystemExit, match="^10 steps in a row.*step 10, loss nan.*v_[AB]_g") as stop:
+        nerv_vae.main(["--out", str(tmp_path / "b"), *flags({**settings, "steps": 30, "eval_every": 30})])
+    assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_a_full_disk_costs_no_checkpoint(run, tmp_path, capfd, monkeypatch, stage):
+    """Catches a save that destroys the file before it, a run that ends at the first failure, or one that hides it."""
+    module, words = {"vae": (nerv_vae, flags({**TINY, "steps": 3, "eval_every": 1})),
+                     "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 3, "eval_every": 1})])}[stage]
+    first, keep, calls = module.main([*words, "--out", str(tmp_path), "--steps", "1"]), os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(data.iio, "imwrite", lambda *_, **__: full(0))
+    with pytest.raises(SystemExit, match="last save.*failed.*make room"):
+        module.main([*words, "--out", str(tmp_path)])
+    told = [line for line in capfd.readouterr().err.splitlines() if "No space left" in line]
+    assert len(calls) >= 4 and len(told) == len(calls) and not list(tmp_path.glob("*.part"))
+    assert nerv_vae.load_checkpoint(first, "cpu", module.MADE_BY)["step"] == 1
+    monkeypatch.setattr(os, "fsync", keep)
+    monkeypatch.undo()
+    assert torch.load(module.main([*words, "--out", str(tmp_path)]), weights_only=True)["step"] == 3
+
+
+def test_altered_checkpoints_are_refused(run, tmp_path):
+    """Catches a damaged file that loads as if whole, ends in a traceback, or claims sizes that are then allocated."""
+    blob, rng, path = run.dit.read_bytes(), np.random.default_rng(0), tmp_path / "ckpt.pt"
+    whole, refused = torch.load(run.dit, weights_only=True)["model"], 0
+    for _ in range(150):
+        path.write_bytes(mutate(rng, blob))
+        try:
+            ckpt = nerv_vae.load_checkpoint(path, "cpu", nerv_dit.MADE_BY)
+            assert all(torch.equal(value, ckpt["model"][name]) for name, value in whole.items())    # harmless padding
+        except SystemExit as stop:
+            refused += 1
+            assert str(path) in stop.code and "\n" not in stop.code
+    assert refused > 100
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:                  # small on disk, huge once opened
+        bomb.writestr("archive/data.pkl", bytes(1 << 24))
+    with pytest.raises(SystemExit, match="damaged"):
+        nerv_vae.load_checkpoint(path, "cpu", nerv_dit.MADE_BY)
+    with pytest.raises(SystemExit, match="not made by python nerv_vae.py, but by python nerv_dit.py"):
+        nerv_vae.load_vae(run.dit, "cpu")
+
+
+def test_restoration_is_asked_for_the_clean_clip(tmp_path):
+    """Catches a loss against the degraded clip, or a log without the PSNR of what went in."""
+    settings = {**TINY, "degrade": "inpaint", "steps": 1, "eval_every": 1}
+    nerv_vae.main(["--out", str(tmp_path), *flags(settings)])
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    held = data.ToyVideos(tiny(), held_out=True)
+    clips = torch.stack([held[int(i), 0][0] for i in np.random.default_rng(0).permutation(len(held))[:64]])
+    seen = data.degrade(clips, "inpaint")
+    expected = (10 * torch.log10(4 / (seen - clips).square().mean((2, 3, 4)))).mean().item()
+    assert row["psnr_in"] == pytest.approx(expected, abs=0.01)
 
 
 def test_resume_refuses_other_settings(run):
@@ -640,6 +951,184 @@ def test_bad_input_is_one_line(tmp_path):
         with pytest.raises(SystemExit) as stop:
             fvd.main(["--real", good, "--features", "random", "--out", str(tmp_path / "o.json"), "--fake", *case])
         assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, case
+
+
+# ---------------------------------------------------------------------------------------------- storage and speed
+
+def entropy_bits(symbols):
+    counts = np.bincount(symbols.ravel())
+    p = counts[counts > 0] / symbols.size
+    return -symbols.size * (p * np.log2(p)).sum()
+
+
+def mutate(rng, blob):
+    """One to four bits flipped, a piece cut off, or a piece of the file copied over another place."""
+    blob, kind = bytearray(blob), rng.integers(3)
+    if kind == 0:
+        for i in rng.integers(8 * len(blob), size=rng.integers(1, 5)):
+            blob[i // 8] ^= 1 << i % 8
+    elif kind == 1:
+        del blob[rng.integers(len(blob)):]
+    else:
+        a, b, n = rng.integers(len(blob), size=3)
+        blob[b:b + rng.integers(n + 1)] = blob[a:a + n]
+    return bytes(blob)
+
+
+def test_huffman_round_trip():
+    """Catches a code that is not a prefix code, wrong bit order, a lone symbol that takes no bits, a wasteful tree."""
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        share = rng.dirichlet(np.full(rng.integers(1, 257), rng.choice([0.02, 0.3, 5.0])))
+        symbols = rng.choice(len(share), p=share, size=rng.integers(1, 400)).astype(np.uint8)
+        lengths = sample.code_lengths(np.bincount(symbols, minlength=256))
+        payload = sample.huffman_encode(symbols, lengths)
+        assert np.array_equal(sample.huffman_decode(payload, lengths, len(symbols)), symbols)
+        used = np.array([n for n in lengths if n])
+        assert len(used) == 1 or (2.0 ** -used).sum() == 1                         # Kraft: no code is left over
+        assert len(payload) <= (entropy_bits(symbols) + len(symbols)) / 8 + 1      # Huffman's bound
+    assert sample.code_lengths([5, 0, 0]) == bytes([1, 0, 0])
+    assert sample.code_lengths([8, 4, 2, 1, 1]) == bytes([1, 2, 3, 4, 4])
+    assert sample.canonical_codes(bytes([1, 2, 3, 4, 4])) == {0: 0b0, 1: 0b10, 2: 0b110, 3: 0b1110, 4: 0b1111}
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_coded_size_is_within_two_percent_of_the_entropy(bits):
+    """Catches lengths given to the wrong symbols, and a header or a table that outgrows the tokens."""
+    torch.manual_seed(0)
+    for tokens in (torch.randn(128, 128), torch.randn(64, 64) * torch.linspace(0.5, 1.5, 64)):
+        levels = sample.quantise(tokens, bits)[0]
+        payload = sample.huffman_encode(levels.ravel(), sample.code_lengths(np.bincount(levels.ravel())))
+        assert entropy_bits(levels) <= 8 * len(payload) <= 1.02 * entropy_bits(levels) + 8
+        assert len(sample.pack_tokens(tokens, bits)) <= len(payload) + 2 ** bits + 128
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_quantisation_formula(bits):
+    """Catches 2^b for 2^b - 1, floor for round, and a range that misses its ends (NeRV-Enc A.4)."""
+    tokens = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    levels, low, scale = sample.quantise(tokens, bits)
+    assert (low, levels.min(), levels.max()) == (float(tokens.min()), 0, 2 ** bits - 1)
+    assert math.isclose(scale, float(tokens.double().max() - tokens.double().min()) / (2 ** bits - 1))
+    error = np.abs(levels * scale + low - tokens.double().numpy())
+    assert 0.4 * scale < error.max() <= scale * (0.5 + 1e-9)
+    header, stored = sample.unpack_tokens(sample.pack_tokens(tokens, bits, note="x"))
+    assert np.array_equal(stored.numpy(), (levels * scale + low).astype(np.float32)) and header["note"] == "x"
+    again = sample.unpack_tokens(sample.pack_tokens(stored, bits))[1]
+    torch.testing.assert_close(again, stored, rtol=0, atol=1e-6)                    # what is on the grid stays there
+    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(tokens, 32))[1], tokens)
+    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(torch.full((3, 2), -1.5), bits))[1],
+                       torch.full((3, 2), -1.5))                                    # one value only
+
+
+def test_compress_and_decompress(run, tree, tmp_path, capsys):
+    """Catches a file that holds other tokens than the encoder's, and one that is played by another tokenizer."""
+    vae, clip = nerv_vae.load_vae(run.vae, "cpu"), tree / "a/v_A_g09_c01.mp4"
+    words = ["--vae", str(run.vae), "--out", str(tmp_path)]
+    for bits in (4, 32):
+        sample.main([*words, "--compress", str(clip), "--bits", str(bits)])
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:7]]
+        assert [row[0] for row in rows] == ["4", "5", "6", "7", "8", "32"] and float(rows[-1][4]) == 0
+        path = tmp_path / f"{clip.stem}.nerv"
+        assert {row[0]: int(row[1]) for row in rows}[str(bits)] == path.stat().st_size
+        tokens = sample.file_tokens(clip, vae, "cpu")[0]
+        header, stored = sample.read_nerv(path)
+        assert torch.equal(stored, sample.unpack_tokens(sample.pack_tokens(tokens, bits))[1])
+        assert header["vae_sha256"] == nerv_dit.file_hash(run.vae)
+    assert torch.equal(stored, tokens)                                              # at 32 bits
+    sample.main([*words, "--decompress", str(path)])
+    assert data.count_frames(f"{path}.mp4") == data.count_frames(f"{path}.gif") == 4
+    other = tmp_path / "other.pt"
+    other.write_bytes(run.vae.read_bytes() + b"x")
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        sample.main(["--vae", str(other), "--out", str(tmp_path), "--decompress", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--compress", str(clip), "--bits", "3"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("bits", [5, 32])
+def test_altered_nerv_files_are_refused(tmp_path, bits):
+    """Catches a reader that crashes, believes a size or returns wrong tokens; half of the 1000 have a true checksum."""
+    rng, tokens, path = np.random.default_rng(0), torch.randn(6, 8), tmp_path / "x.nerv"
+    blob = sample.pack_tokens(tokens, bits, vae_sha256="0" * 64, frames=4, resolution=32)
+    stored, refused = sample.unpack_tokens(blob)[1], 0
+    for i in range(500):
+        altered = mutate(rng, blob[:-4] if i % 2 else blob)
+        path.write_bytes(altered + sample.zlib.crc32(altered).to_bytes(4, "little") if i % 2 else altered)
+        try:
+            read = sample.read_nerv(path)[1]
+            assert read.isfinite().all() if i % 2 else torch.equal(read, stored)
+        except SystemExit as stop:
+            refused += 1
+            assert str(path) in str(stop.code) and "\n" not in str(stop.code)
+    assert refused > 250
+    for head, part in ((dict(shape=[1 << 30, 1 << 30], bits=8), "too short"),       # and not out of memory
+                       (dict(shape=[1, 7], bits=8, low=0, scale=1e308), "not numbers"),
+                       (dict(shape=7, bits=8), "cannot be read"), (dict(shape=[1, 7], bits=9), "impossible")):
+        head = json.dumps(head).encode()
+        lie = sample.MAGIC + len(head).to_bytes(4, "little") + head + bytes([8] * 256) + b"payload"
+        path.write_bytes(lie + sample.zlib.crc32(lie).to_bytes(4, "little"))
+        with pytest.raises(SystemExit, match=part):
+            sample.read_nerv(path)
+    with pytest.raises(SystemExit, match="No such file"):
+        sample.read_nerv(tmp_path / "missing.nerv")
+
+
+def test_altered_npz_files_are_refused(tmp_path):
+    """Catches pixels read past a wrong checksum, a traceback, and memory taken because a header says so."""
+    rng, path, videos = np.random.default_rng(0), tmp_path / "samples.npz", torch.rand(3, 4, 3, 32, 32) * 2 - 1
+    store = sample.VideoStore(path, (3, 4, 32, 32, 3), dict(kind="samples"))
+    store.add(videos)
+    store.close([0, 1, 2])
+    blob, whole = path.read_bytes(), sample.load_videos(path, 2)
+    torch.testing.assert_close(whole, videos[:2], rtol=0, atol=1 / 255 + 1e-6)
+    for _ in range(300):
+        path.write_bytes(mutate(rng, blob))
+        try:
+            assert torch.equal(sample.load_videos(path, 2), whole)
+        except SystemExit as stop:
+            assert str(path) in str(stop.code) and "\n" not in str(stop.code)
+    for shape, dtype in (((1 << 20, 1 << 10, 64, 64, 3), "|u1"), ((3, 4, 8, 8, 3), "<f8"), ((3, 4, 8, 8, 3), "|O")):
+        with zipfile.ZipFile(path, "w") as archive, archive.open("videos.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, dict(shape=shape, descr=dtype, fortran_order=False))
+            file.write(bytes(4096))
+        tracemalloc.start()
+        with pytest.raises(SystemExit, match="claims to be"):
+            sample.load_videos(path, 8)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+        tracemalloc.stop()
+
+
+def test_counted_operations_are_pytorchs():
+    """Catches a forgotten factor in the bench's formulas: PyTorch's own counter looks at what really runs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    c = tiny(enc_depth=2, patch_frames=2)
+    vae, z = nerv_vae.NeRVVAE(c).eval(), torch.randn(1, 6, 8)
+    dit = nerv_dit.DiT(nerv_dit.Config(**TINY_DIT), 6, 8, classes=5)
+    decode = 4 * sum(map(generative_nerv.flops, vae.decoder.layers))
+    for call, counted in ((lambda: vae.encoder(torch.rand(1, 4, 3, 32, 32)), sample.encoder_flops(c)),
+                          (lambda: vae.decoder.instantiate(z[0])(torch.arange(4.0)), decode),
+                          (lambda: dit(z, torch.tensor([3]), torch.tensor([1])), sample.dit_flops(dit.cfg, 6, 8))):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()                                      # the counter does not see fused attention on a CPU
+        assert abs(counter.get_total_flops() / counted - 1) < 0.02
+
+
+def test_bench_runs(tmp_path, monkeypatch, capsys):
+    """Catches a row of --bench that went out of date with the code it times."""
+    once = sample.measure
+    monkeypatch.setattr(sample, "measure", lambda call, device, budget: once(call, device, 0))
+    sample.bench(sample.Config(batch=1), torch.device("cpu"), tmp_path, tiny(), nerv_dit.Config(**TINY_DIT))
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert len(bench["rows"]) == 10 and len(capsys.readouterr().out.splitlines()) == 13
+    assert all(row["latency_s"] > 0 and 0 < row["share"] for row in bench["rows"])
+    steps = {row["name"][:3]: row for row in bench["rows"]}
+    assert steps["250"]["scale"] == 125 and steps["50 "]["scale"] == 25
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="--device cpu"):
+            sample.main(["--bench", "--device", "cuda", "--out", str(tmp_path)])
 
 
 # ---------------------------------------------------------------------------------------------- end to end
