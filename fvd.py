@@ -227,16 +227,22 @@ class NpzVideos:
 
     def __init__(self, path):
         try:
+            archive = zipfile.ZipFile(path)
+            if any(member.compress_type for member in archive.infolist()) or archive.testzip():     # before any is parsed
+                raise ValueError("it is compressed, or damaged: its checksums do not agree with its contents")
             with np.load(path, allow_pickle=False) as file:
                 self.labels, self.settings = file["labels"], dict(json.loads(str(file["settings"])))
-            self.stream = zipfile.ZipFile(path).open("videos.npy")
+            self.stream = archive.open("videos.npy")
             np.lib.format.read_magic(self.stream)
             self.shape, _, dtype = np.lib.format.read_array_header_1_0(self.stream)
             self.start, (n, T, R, *rest) = self.stream.tell(), self.shape
             if dtype != np.uint8 or rest != [R, 3] or n != len(self.labels):
                 raise ValueError(f"{dtype} videos {self.shape}, {len(self.labels)} labels, not uint8 (n, T, R, R, 3)")
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise SystemExit(f"{path} is not a samples.npz of sample.py: {error}") from error
+            if self.start + int(np.prod(self.shape)) != archive.getinfo("videos.npy").file_size:
+                raise ValueError(f"it claims {self.shape} and holds another number of bytes")
+        except Exception as error:                      # whatever a hostile file makes the readers raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SystemExit(f"{path} is not a samples.npz of sample.py: {reason}") from error
         self.kind = dict(frames=T, stride=self.settings.get("stride", 1), resolution=R)
         self.classes = self.settings.get("classes") or []
 
@@ -454,6 +460,8 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # deprecations that lpips and torch have to mend
     if bool(cfg.real) != bool(cfg.fake) or not (cfg.real or cfg.tokens):
         raise SystemExit("nothing to measure: give both --real A and --fake B, or --tokens PATH")
+    if cfg.batch < 1:
+        raise SystemExit(f"--batch {cfg.batch} is no number of clips; 1 is the least")
     rows, protocol = compare(cfg) if cfg.real else ({}, dict(tokens=cfg.tokens, seed=cfg.seed))
     if cfg.tokens:
         rows.update(token_rows(cfg.tokens, cfg.seed))

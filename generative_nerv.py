@@ -160,7 +160,8 @@ class ModulatedConv2d(nn.Module):
         self.assemble = self.mode != "channel" or layer.c_in * layer.c_out <= 32 * 32 or not cfg.normalize
         kind, c_in, c_out, k, size, go, gi, *_ = layer
         # Normalisation removes the scale of a kernel; its initial size only sets how fast Adam's equal steps turn it.
-        self.shared = nn.Parameter(cfg.kernel_init * (torch.randn if cfg.conv_init else torch.ones)(c_out, c_in, k, k))
+        start = torch.randn(c_out, c_in, k, k)
+        self.shared = nn.Parameter(cfg.kernel_init * (start if cfg.conv_init else start.sign()))
         self.bias, self.initial_energy = nn.Parameter(torch.zeros(c_out)), cfg.kernel_init ** 2 * c_in * k * k
         # How many numbers the tokens have to supply; a head gives every token ceil(n / N) of them, the rest is cut.
         self.sides = {"out": c_out, "in": c_in, "taps": k * k}

@@ -70,7 +70,7 @@ class Config:
     layer_tokens: str = ""          # tokens x channels of each layer, as 4x256,0x0; empty: all read all (NeRV-Enc A.5)
     expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc Table 10c)
     normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc Table 10a)
-    conv_init: bool = True          # shared kernels start random, as a convolution; off: as ones (NeRV-Enc Table 10b)
+    conv_init: bool = True          # kernels start as a convolution's; off: as signs (NeRV-Enc Table 10b; signs: choice)
     # encoder
     enc_depth: int = 2              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)

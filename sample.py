@@ -191,7 +191,7 @@ def film_strips(videos):
 def quantise(tokens, bits):
     """Each number becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
 
-    Shapes:  tokens (N, d) float -> levels (N, d) uint8, low, scale; levels * scale + low is at most scale / 2 off
+    Shapes:  tokens (n,) float -> levels (n,) uint8, low, scale; levels * scale + low is at most scale / 2 off
     Source:  NeRV-Enc A.4, Eq. 2. Choice: one range for all tokens of a video; arithmetic in float64
     """
     x = np.asarray(tokens, np.float64)
@@ -254,41 +254,41 @@ MAGIC, LARGEST = b"NeRV\x01", 1 << 22                   # its last byte: version
 
 
 def pack_tokens(tokens, bits, **header):
-    """Tokens (N, d) as the bytes of a .nerv file. Its parts, in this order, integers being little-endian:
+    """Numbers (n,) of a video's tokens as the bytes of a .nerv file. Its parts, in this order, integers being little-endian:
 
-    magic, 5 bytes | length of the header, 4 bytes | header, JSON: shape, bits, low, scale and what the caller adds |
+    magic, 5 bytes | length of the header, 4 bytes | header, JSON: count, bits, low, scale and what the caller adds |
     below 32 bits: 2^bits code lengths, a byte each | payload: Huffman codes, or float32 | CRC-32 of all that, 4 bytes
     """
     tokens, low, scale = tokens.float().cpu().numpy(), 0.0, 0.0
     body = tokens.astype("<f4").tobytes()
     if bits < 32:
         levels, low, scale = quantise(tokens, bits)
-        lengths = code_lengths(np.bincount(levels.ravel(), minlength=2 ** bits))
-        body = lengths + huffman_encode(levels.ravel(), lengths)
-    head = json.dumps(dict(shape=tokens.shape, bits=bits, low=low, scale=scale, **header)).encode()
+        lengths = code_lengths(np.bincount(levels, minlength=2 ** bits))
+        body = lengths + huffman_encode(levels, lengths)
+    head = json.dumps(dict(count=len(tokens), bits=bits, low=low, scale=scale, **header)).encode()
     blob = MAGIC + len(head).to_bytes(4, "little") + head + body
     return blob + zlib.crc32(blob).to_bytes(4, "little")
 
 
 def unpack_tokens(blob):
-    """Header and tokens (N, d) float32 of the bytes of a .nerv file. Raises: ValueError and its like for any other."""
+    """Header and numbers (n,) float32 of the bytes of a .nerv file. Raises: ValueError and its like for any other."""
     if blob[:len(MAGIC)] != MAGIC:
         raise ValueError("it does not begin like one")
     if zlib.crc32(blob[:-4]) != int.from_bytes(blob[-4:], "little"):
         raise ValueError("its checksum is wrong: truncated or altered")
     start = len(MAGIC) + 4 + int.from_bytes(blob[5:9], "little")
     header, body = json.loads(blob[9:start]), blob[start:-4]
-    (N, d), bits = header["shape"], header["bits"]
-    if any(type(v) is not int or v < 1 for v in (N, d, bits)) or bits > 8 and bits != 32:
+    count, bits = header["count"], header["bits"]
+    if any(type(v) is not int or v < 1 for v in (count, bits)) or bits > 8 and bits != 32:
         raise ValueError("its header has impossible sizes")
     if bits == 32:
         values = np.frombuffer(body, "<f4").astype(np.float32)
     else:
-        levels = huffman_decode(body[2 ** bits:], body[:2 ** bits], N * d)
+        levels = huffman_decode(body[2 ** bits:], body[:2 ** bits], count)
         values = (levels * float(header["scale"]) + float(header["low"])).astype(np.float32)
-    if not np.isfinite(values).all():
+    if len(values) != count or not np.isfinite(values).all():
         raise ValueError("its tokens are not numbers")
-    return header, torch.from_numpy(values.reshape(N, d))
+    return header, torch.from_numpy(values)
 
 
 def read_nerv(path):
@@ -414,11 +414,11 @@ def compress(cfg, vae, device, out):
     tokens, clip = file_tokens(cfg.compress, vae, device)                           # (N, d), (T, 3, H, W)
     if not tokens.isfinite().all():
         raise SystemExit(f"the tokenizer makes tokens of {cfg.compress} that are not finite; train it again")
-    c, path = vae.cfg, out / (Path(cfg.compress).stem + ".nerv")
+    c, path, used = vae.cfg, out / (Path(cfg.compress).stem + ".nerv"), vae.decoder.used    # used (N, d): all, mostly
     about = dict(vae_sha256=vae.sha256, frames=c.frames, resolution=c.resolution)
-    blobs, psnr = {bits: pack_tokens(tokens, bits, **about) for bits in (4, 5, 6, 7, 8, 32)}, {}
+    blobs, psnr = {bits: pack_tokens(tokens[used], bits, **about) for bits in (4, 5, 6, 7, 8, 32)}, {}
     for bits, blob in blobs.items():
-        stored = unpack_tokens(blob)[1].to(device)                                  # (N, d)
+        stored = torch.zeros_like(tokens).masked_scatter(used, unpack_tokens(blob)[1].to(device))   # (N, d)
         video = vae.decode(stored[None], torch.arange(c.frames, device=device).float())[0].cpu()    # (T, 3, H, W)
         psnr[bits] = float((10 * torch.log10(4 / (video - clip).square().mean((1, 2, 3)).clamp(min=1e-12))).mean())
     part = path.with_suffix(".part")
@@ -436,15 +436,16 @@ def compress(cfg, vae, device, out):
 
 def decompress(cfg, vae, vae_path, device, out):
     """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
-    header, tokens = read_nerv(cfg.decompress)                                      # tokens (N, d)
+    header, values = read_nerv(cfg.decompress)                                      # values (n,)
     made_by, c = str(header.get("vae_sha256")), vae.cfg
     if made_by != vae.sha256:
         raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae_path} (its sha256 starts "
                          f"{made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one with --vae")
-    if tokens.shape != (c.tokens, c.token_dim):
-        raise SystemExit(f"{cfg.decompress} has {tuple(tokens.shape)} tokens, {vae_path} has {c.tokens, c.token_dim}")
-    frame = torch.arange(c.frames, device=device).float()
-    video = vae.decode(tokens[None].to(device), frame)[0].cpu()                     # (T, 3, H, W)
+    used = vae.decoder.used                                                         # (N, d)
+    if len(values) != used.sum():
+        raise SystemExit(f"{cfg.decompress} has {len(values)} numbers, {vae_path} takes {int(used.sum())}")
+    tokens = torch.zeros(used.shape, device=device).masked_scatter(used, values.to(device))         # (N, d)
+    video = vae.decode(tokens[None], torch.arange(c.frames, device=device).float())[0].cpu()        # (T, 3, H, W)
     path = out / Path(cfg.decompress).name              # clip.nerv.mp4: clip.mp4 may be the original in the same folder
     for suffix in (".mp4", ".gif"):
         save_video(path.with_name(path.name + suffix), video, cfg.fps)

@@ -576,7 +576,7 @@ def test_degraded_videos():
         seen = data.degrade(video, kind)
         error = (seen - video).square().mean()
         assert seen.shape == video.shape and seen.abs().max() <= 1.001 and error > 1e-4
-        shifted = torch.roll(seen, 4, -1)               # where the damage is centred, no shift comes closer
+        shifted = torch.roll(seen, 16, -1)              # where the damage is centred, no shift comes closer
         assert (shifted - video).square().mean() > error
         assert torch.equal(data.degrade(video[3:4], kind), seen[3:4])
     hidden = (data.degrade(video, "inpaint") == 0).all(2).float().mean()
@@ -658,9 +658,9 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
 def test_two_processes_are_one(run, tree, tmp_path, stage):
     """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients summed for averaged."""
     gan = dict(dataset="folder", data_root=tree, gan_weight=1.0, gan_every=1, frames_per_step=0, gan_start=0, steps=5,
-               lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=1e-4, eval_every=5)
+               lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=5e-5, eval_every=5)
     module, words = {"vae": (nerv_vae, flags({**TINY, **gan})),
-                     "dit": (nerv_dit, ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5})])}[stage]
+                     "dit": (nerv_dit, ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5, "workers": 0})])}[stage]
     if stage == "dit":                                  # a tokenizer of the little tree, so that its cache is quick
         nerv_vae.main(["--out", str(run.out / "two"), *flags({**TINY, **gan, "steps": 1})])
     one = torch.load(module.main([*words, "--out", str(tmp_path / "one")]), weights_only=True)
@@ -678,7 +678,8 @@ def test_two_processes_are_one(run, tree, tmp_path, stage):
                 torch.testing.assert_close(value, two[part][name], rtol=0, atol=1e-5, msg=f"{part}.{name}")
     logs = [[json.loads(line) for line in open(tmp_path / which / "log.jsonl")] for which in ("one", "two")]
     for a, b in zip(*logs, strict=True):
-        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5) for key in a if key != "clips_per_s")
+        for key in a.keys() - {"clips_per_s", "token_std"}:                         # a mean of two stds is not their std
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
 def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(tree, tmp_path, monkeypatch):
@@ -945,7 +946,7 @@ def test_bad_input_is_one_line(tmp_path):
     floats, few = write_npz(tmp_path / "f.npz", toy_bytes(6) / 255), write_npz(tmp_path / "few.npz", toy_bytes(2))
     short, five = write_npz(tmp_path / "s.npz", toy_bytes(6, frames=4)), write_npz(tmp_path / "five.npz", toy_bytes(5))
     cases = [[str(fake)] for fake in (other, broken, floats, few, short, tmp_path / "nowhere", "")]
-    flags = "--features no.pt|--features i3d|--frames 9|--resolution 64|--action-similarity 8|--tokens no.npy"
+    flags = "--batch 0|--features no.pt|--features i3d|--frames 9|--resolution 64|--action-similarity 8|--tokens no.npy"
     cases += [[good, *flag.split()] for flag in flags.split("|")]
     for case in (*cases, [five, "--paired"]):
         with pytest.raises(SystemExit) as stop:
@@ -996,9 +997,9 @@ def test_huffman_round_trip():
 def test_coded_size_is_within_two_percent_of_the_entropy(bits):
     """Catches lengths given to the wrong symbols, and a header or a table that outgrows the tokens."""
     torch.manual_seed(0)
-    for tokens in (torch.randn(128, 128), torch.randn(64, 64) * torch.linspace(0.5, 1.5, 64)):
+    for tokens in (torch.randn(128 * 128), torch.randn(4096) * torch.linspace(0.5, 1.5, 4096)):
         levels = sample.quantise(tokens, bits)[0]
-        payload = sample.huffman_encode(levels.ravel(), sample.code_lengths(np.bincount(levels.ravel())))
+        payload = sample.huffman_encode(levels, sample.code_lengths(np.bincount(levels)))
         assert entropy_bits(levels) <= 8 * len(payload) <= 1.02 * entropy_bits(levels) + 8
         assert len(sample.pack_tokens(tokens, bits)) <= len(payload) + 2 ** bits + 128
 
@@ -1006,7 +1007,7 @@ def test_coded_size_is_within_two_percent_of_the_entropy(bits):
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_quantisation_formula(bits):
     """Catches 2^b for 2^b - 1, floor for round, and a range that misses its ends (NeRV-Enc A.4)."""
-    tokens = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     levels, low, scale = sample.quantise(tokens, bits)
     assert (low, levels.min(), levels.max()) == (float(tokens.min()), 0, 2 ** bits - 1)
     assert math.isclose(scale, float(tokens.double().max() - tokens.double().min()) / (2 ** bits - 1))
@@ -1017,8 +1018,7 @@ def test_quantisation_formula(bits):
     again = sample.unpack_tokens(sample.pack_tokens(stored, bits))[1]
     torch.testing.assert_close(again, stored, rtol=0, atol=1e-6)                    # what is on the grid stays there
     assert torch.equal(sample.unpack_tokens(sample.pack_tokens(tokens, 32))[1], tokens)
-    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(torch.full((3, 2), -1.5), bits))[1],
-                       torch.full((3, 2), -1.5))                                    # one value only
+    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(torch.full((6,), -1.5), bits))[1], torch.full((6,), -1.5))
 
 
 def test_compress_and_decompress(run, tree, tmp_path, capsys):
@@ -1031,7 +1031,7 @@ def test_compress_and_decompress(run, tree, tmp_path, capsys):
         assert [row[0] for row in rows] == ["4", "5", "6", "7", "8", "32"] and float(rows[-1][4]) == 0
         path = tmp_path / f"{clip.stem}.nerv"
         assert {row[0]: int(row[1]) for row in rows}[str(bits)] == path.stat().st_size
-        tokens = sample.file_tokens(clip, vae, "cpu")[0]
+        tokens = sample.file_tokens(clip, vae, "cpu")[0].flatten()
         header, stored = sample.read_nerv(path)
         assert torch.equal(stored, sample.unpack_tokens(sample.pack_tokens(tokens, bits))[1])
         assert header["vae_sha256"] == nerv_dit.file_hash(run.vae)
@@ -1050,7 +1050,7 @@ def test_compress_and_decompress(run, tree, tmp_path, capsys):
 @pytest.mark.parametrize("bits", [5, 32])
 def test_altered_nerv_files_are_refused(tmp_path, bits):
     """Catches a reader that crashes, believes a size or returns wrong tokens; half of the 1000 have a true checksum."""
-    rng, tokens, path = np.random.default_rng(0), torch.randn(6, 8), tmp_path / "x.nerv"
+    rng, tokens, path = np.random.default_rng(0), torch.randn(48), tmp_path / "x.nerv"
     blob = sample.pack_tokens(tokens, bits, vae_sha256="0" * 64, frames=4, resolution=32)
     stored, refused = sample.unpack_tokens(blob)[1], 0
     for i in range(500):
@@ -1063,9 +1063,9 @@ def test_altered_nerv_files_are_refused(tmp_path, bits):
             refused += 1
             assert str(path) in str(stop.code) and "\n" not in str(stop.code)
     assert refused > 250
-    for head, part in ((dict(shape=[1 << 30, 1 << 30], bits=8), "too short"),       # and not out of memory
-                       (dict(shape=[1, 7], bits=8, low=0, scale=1e308), "not numbers"),
-                       (dict(shape=7, bits=8), "cannot be read"), (dict(shape=[1, 7], bits=9), "impossible")):
+    for head, part in ((dict(count=1 << 60, bits=8), "too short"),                  # and not out of memory
+                       (dict(count=7, bits=8, low=0, scale=1e308), "not numbers"),
+                       (dict(count=[7], bits=8), "impossible"), (dict(count=7, bits=9), "impossible")):
         head = json.dumps(head).encode()
         lie = sample.MAGIC + len(head).to_bytes(4, "little") + head + bytes([8] * 256) + b"payload"
         path.write_bytes(lie + sample.zlib.crc32(lie).to_bytes(4, "little"))
@@ -1087,6 +1087,11 @@ def test_altered_npz_files_are_refused(tmp_path):
         path.write_bytes(mutate(rng, blob))
         try:
             assert torch.equal(sample.load_videos(path, 2), whole)
+        except SystemExit as stop:
+            assert str(path) in str(stop.code) and "\n" not in str(stop.code)
+        try:
+            side = fvd.NpzVideos(str(path))
+            assert torch.equal(torch.stack([side[i, 0][0] for i in range(2)]), whole)
         except SystemExit as stop:
             assert str(path) in str(stop.code) and "\n" not in str(stop.code)
     for shape, dtype in (((1 << 20, 1 << 10, 64, 64, 3), "|u1"), ((3, 4, 8, 8, 3), "<f8"), ((3, 4, 8, 8, 3), "|O")):
