@@ -6,10 +6,10 @@ Letters: B videos, T frames, R = H = W pixels, M videos in a dataset.
 Ranges:  a clip is float32 in [-1, 1], shape (T, 3, R, R); only files and `samples.npz` hold uint8 in 0..255.
 A dataset is indexed by (video, seed): the seed alone decides which frames of the video, and whether it is mirrored.
 
-    python data.py --dataset ucf --data-root UCF-101 --workers 8        # what it finds, and how fast it loads
+    python data.py --dataset ucf --data-root UCF-101 --bench --workers 8        # what it finds, and how fast it loads
 
-prints clips per second of the process itself (0 workers), with the share of decoding, resizing and copying clips into
-a batch, and then of the loader processes together.
+--bench prints clips per second of the process itself (0 workers), with the share of decoding, resizing and copying
+clips into a batch, and then of the loader processes together.
 """
 import argparse
 import cProfile
@@ -30,13 +30,14 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw                        # imageio brings it along
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of the loader's timing; training has its own, with the same names."""
+    """Settings of this file alone run as a program; training has its own, with the same names."""
 
     dataset: str = "toy"            # toy|ucf|k600|folder: the clips
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
@@ -45,6 +46,7 @@ class Config:
     stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
     resolution: int = 128           # H = W in pixels
     flip: bool = True               # mirror half of the clips
+    bench: bool = False             # also measure how fast clips load
     workers: int = 2                # loader processes of the second row
     batch: int = 32                 # B, clips that are copied together
     clips: int = 512                # clips to load for each row
@@ -392,46 +394,60 @@ def to_uint8(video):
     return ((video.movedim(-3, -1).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 
-def tile(videos, columns, border=1):
-    """Videos side by side on white. Shapes: (n, T, 3, H, W) in [-1, 1] -> (T, 3, rows*(H+b)+b, columns*(W+b)+b)."""
+def tile(videos, columns, labels=()):
+    """Videos side by side on white, each below its label; small ones are enlarged by whole pixels to about 96.
+
+    Shapes:  videos (n, T, 3, H, W) in [-1, 1], labels n strings or none -> (T, 3, H', W')
+    """
+    scale = max(1, 96 // videos.shape[-1])
+    videos = videos.cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     n, T, _, H, W = videos.shape
-    rows = -(-n // columns)
-    sheet = torch.ones(T, 3, rows * (H + border) + border, columns * (W + border) + border)
+    text, border = 13 if labels else 0, 2
+    h, w = H + text + border, W + border                                            # of a cell
+    sheet = torch.ones(T, 3, -(-n // columns) * h + border, columns * w + border)
     for i, video in enumerate(videos):
-        top, left = border + i // columns * (H + border), border + i % columns * (W + border)
-        sheet[..., top:top + H, left:left + W] = video
+        top, left = border + i // columns * h, border + i % columns * w
+        sheet[..., top + text:top + text + H, left:left + W] = video
+        if labels:
+            strip = Image.new("L", (W, text), 255)
+            ImageDraw.Draw(strip).text((1, 0), labels[i], fill=0)
+            sheet[..., top:top + text, left:left + W] = torch.from_numpy(np.array(strip)) / 127.5 - 1
     return sheet
 
 
-def save_video(path, video, fps=8, scale=None):
+def save_video(path, video, fps=8):
     """Write one video as mp4, gif or png, by the suffix; a png is a contact sheet, time from left to right.
 
-    Small frames are enlarged by whole pixels to about 256 (`scale` to choose), as nobody can look at 32 x 32.
+    Small frames are enlarged by whole pixels to about 256, as nobody can look at 32 x 32.
     Shapes:  video (T, 3, H, W) in [-1, 1]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
+    if path.suffix == ".png" and len(video) > 1:
         video = tile(video[None].transpose(0, 1), len(video))                       # (1, 3, H', W')
-    scale = scale or max(1, round(256 / video.shape[-2]))
+    scale = max(1, 256 // max(video.shape[-2:]))
     frames = to_uint8(video).repeat(scale, 1).repeat(scale, 2)                      # (T, H, W, 3)
     if path.suffix == ".png":
-        iio.imwrite(path, frames[0])
+        blob = iio.imwrite("<bytes>", frames[0], extension=".png")
     elif path.suffix == ".gif":
-        iio.imwrite(path, frames, duration=1000 / fps, loop=0)
+        blob = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
     else:
         frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-        iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
+        blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264", fps=fps,
+                           in_pixel_format="rgb24")
+    path.write_bytes(blob)                              # at once: a full disk is one error, here
 
 
 # ---------------------------------------------------------------------------------------------- how fast clips load
 
 def main(argv=None):
-    """Command line: print what the data set holds and how fast it loads. Returns {workers: clips per second}."""
+    """Command line: print what the data set holds and, with --bench, how fast it loads: {workers: clips a second}."""
     cfg = parse_config(Config, {}, argv)
     torch.set_num_threads(1)                            # as in a loader process
     dataset = build_dataset(cfg)
     print(f"{len(dataset)} videos of {len(dataset.classes)} classes; clips of {cfg.frames} x {cfg.resolution}^2")
+    if not cfg.bench:
+        return {}
     videos = np.random.default_rng(cfg.seed).integers(len(dataset), size=cfg.clips)
     keys = [(int(i), seed) for seed, i in enumerate(videos)]
     batches = [keys[k:k + cfg.batch] for k in range(0, cfg.clips, cfg.batch)]

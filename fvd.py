@@ -371,7 +371,7 @@ def nearest_rows(real, fake, found, cfg):
     trios = torch.stack(clips, 1).flatten(0, 1)                                     # (3k, T, 3, R, R)
     shown = trios[:, np.linspace(0, cfg.frames - 1, min(8, cfg.frames)).astype(int)]                # (3k, 8, 3, R, R)
     sheet = Path(cfg.out).with_suffix(".png")
-    save_video(sheet, tile(shown.flatten(0, 1)[:, None], shown.shape[1]), scale=1)
+    save_video(sheet, tile(shown.flatten(0, 1)[:, None], shown.shape[1]))
     a, b = found["fake"]["features"], found["real"]["features"]
     among = torch.cdist(b, b).fill_diagonal_(torch.inf).amin(1).median()
     note = f"median distance in features, {among:.4g} between real clips; {sheet}: fake, nearest in features, in pixels"

@@ -304,14 +304,15 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     schedule = noise_schedule(noise.device)
     times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
     random = torch.Generator("cpu").manual_seed(seed)
-    z = noise
+    z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
+    if copies == 2:
+        cond = torch.cat([cond, torch.full_like(cond, model.classes)])              # (2B,): asked for, then none
+    all_t = torch.tensor(times, device=z.device)[:, None].expand(-1, copies * len(z)).contiguous()  # (steps, 2B)
     for i, now in enumerate(tqdm(times, desc="sampling", unit="step", leave=False, disable=not progress)):
-        t = torch.full((len(z),), now, device=z.device)
-        if guidance == 1:
-            eps = model(z, t, cond)
-        else:
-            both = torch.cat([cond, torch.full_like(cond, model.classes)])
-            eps, eps_none = model(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+            eps = model(z.repeat(copies, 1, 1), all_t[i], cond).float()             # (2B, N, d)
+        if copies == 2:
+            eps, eps_none = eps.chunk(2)                                            # (B, N, d) each
             eps = eps_none + guidance * (eps - eps_none)
         a, s = (c[now] for c in schedule)
         last = i == steps - 1
@@ -427,7 +428,9 @@ def train(cfg):
                     z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
                     frame = torch.arange(vae.cfg.frames, device=device).float()
                     with writing(path.with_name(f"step_{step:06d}.gif")) as picture:
-                        save_video(picture, tile(vae.decode(z, frame).cpu(), 4))
+                        names = [*meta["classes"], "generated"]                     # the last: no class, by_tokens
+                        shown = [classes] * 16 if model.by_tokens else cond.tolist()
+                        save_video(picture, tile(vae.decode(z, frame), 4, [names[i] for i in shown]))
             since, shown_at = time.perf_counter(), step
         heard = agree(stop[0] if stop else 0)
         if heard:

@@ -594,12 +594,13 @@ def evaluate(model, clips, picture):
     device, frame = next(model.parameters()).device, torch.arange(clips.shape[1]).float()
     seen = degrade(clips, model.cfg.degrade)                                        # (n, T, 3, H, W)
     recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(8)])
-    rows = [clips, recon, (recon - clips).abs().sub(1)]                             # the last: black where they agree
-    if model.cfg.degrade != "none":
-        rows.insert(1, seen)
+    rows = dict(original=clips, seen=seen, reconstruction=recon, difference=(recon - clips).abs().sub(1))   # black: none
+    if model.cfg.degrade == "none":
+        del rows["seen"]
     with writing(picture):
         columns = min(8, len(clips))
-        save_video(picture, tile(torch.cat([row[:columns] for row in rows]), columns))
+        labels = [name for name in rows for _ in range(columns)]
+        save_video(picture, tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels))
     psnr = [10 * torch.log10(4 / (x - clips).square().mean((2, 3, 4)).clamp(min=1e-12)) for x in (recon, seen)]
     return [float(x.mean()) for x in psnr]
 

@@ -181,9 +181,9 @@ def load_videos(path, count):
     return torch.tensor(videos).movedim(-1, 2).float() / 127.5 - 1                  # (count, T, 3, H, W)
 
 
-def film_strips(videos):
-    """One row a video, time from left to right. Shapes: (n, T, 3, H, W) -> (1, 3, H', W')."""
-    return tile(videos.flatten(0, 1)[:, None], videos.shape[1])
+def film_strips(videos, labels):
+    """One row a video, time from left to right; labels (n * T). Shapes: (n, T, 3, H, W) -> (1, 3, H', W')."""
+    return tile(videos.flatten(0, 1)[:, None], videos.shape[1], labels)
 
 
 # ---------------------------------------------------------------------------------------------- .nerv files
@@ -327,7 +327,8 @@ def reconstruct(cfg, vae, device, out):
     for store in stores:
         store.close(labels)
     a, b = (load_videos(out / f"{kind}.npz", 8) for kind in kinds)                  # (8, T, 3, H, W) each
-    save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a)), cfg.fps)
+    labels = [name for name in (*kinds, "difference") for _ in a]
+    save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a), labels), cfg.fps)
     if psnr:
         print(f"{len(psnr)} {which} clips: PSNR {np.mean(psnr):.2f} dB (mean over frames, then clips)")
     print(f"wrote {out}/original.npz, reconstruction.npz and reconstruction.gif (original, reconstruction, difference)")
@@ -355,11 +356,10 @@ def generate(cfg, vae, dit, device, out, how):
     for i, video in enumerate(videos):
         save_video(out / f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '-', names[i])}.mp4", video, cfg.fps)
     columns = max(1, round(len(videos) ** 0.5))
-    save_video(out / "samples.gif", tile(videos, columns), cfg.fps, scale=max(1, 96 // videos.shape[-1]))
-    save_video(out / "samples.png", film_strips(videos[:16]), scale=max(1, 96 // videos.shape[-1]))
-    print(f"wrote {cfg.n} videos to {out}/samples.npz; in samples.gif and samples.png:")
-    for i in range(0, min(len(videos), 16), columns):
-        print("    " + "   ".join(f"{j:2d} {names[j]:<18}" for j in range(i, min(i + columns, len(videos)))).rstrip())
+    save_video(out / "samples.gif", tile(videos, columns, names[:len(videos)]), cfg.fps)
+    cells = [f"frame {t}" if t else name for name in names[:16] for t in range(len(frame))]
+    save_video(out / "samples.png", film_strips(videos[:16], cells[:len(videos) * len(frame)]))
+    print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, samples.gif and samples.png")
     return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                    # (2, N, d)
 
 
@@ -369,8 +369,10 @@ def interpolate(cfg, vae, device, out, tokens):
     b = file_tokens(cfg.video_b, vae, device)[0] if cfg.video_b else tokens[-1]
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
     videos = vae.decode(lam * a + (1 - lam) * b, torch.arange(vae.cfg.frames, device=device).float()).cpu()
-    save_video(out / "interp.gif", tile(videos, 9), cfg.fps, scale=max(1, 96 // videos.shape[-1]))
-    save_video(out / "interp.png", film_strips(videos.transpose(0, 1)), scale=max(1, 96 // videos.shape[-1]))
+    labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
+    save_video(out / "interp.gif", tile(videos, 9, labels), cfg.fps)
+    cells = [f"frame {t}" if t else label for t in range(videos.shape[1]) for label in labels]
+    save_video(out / "interp.png", film_strips(videos.transpose(0, 1), cells))      # (T, 9, ...): time down
     print(f"wrote {out}/interp.gif and interp.png: lambda 1 ... 0 from left to right, time down")
 
 
@@ -381,13 +383,14 @@ def render_times(cfg, vae, device, out, tokens):
         frame = torch.arange(T * cfg.time_interp, device=device) / cfg.time_interp                  # 0, 1/8, .. T - 1/8
         video = net(frame).cpu()                                                    # (8T, 3, H, W)
         save_video(out / "time_interp.gif", video, cfg.fps * cfg.time_interp)
-        save_video(out / "time_interp.png", tile(video[:4 * cfg.time_interp, None], cfg.time_interp),
-                   scale=max(1, 96 // video.shape[-1]))
+        labels = [f"t = {t:.3g}" for t in frame[:4 * cfg.time_interp].tolist()]
+        save_video(out / "time_interp.png", tile(video[:len(labels), None], cfg.time_interp, labels))
         print(f"wrote {out}/time_interp.gif and .png: {len(frame)} frames from {T}, {cfg.time_interp} a row in the png")
     if cfg.extrapolate:
         video = net(torch.arange(2 * T, device=device).float()).cpu()               # (2T, 3, H, W)
         save_video(out / "extrapolate.gif", video, cfg.fps)
-        save_video(out / "extrapolate.png", film_strips(video[None]), scale=max(1, 96 // video.shape[-1]))
+        labels = [f"frame {t}" + " (new)" * (t >= T) for t in range(2 * T)]
+        save_video(out / "extrapolate.png", film_strips(video[None], labels))
         print(f"wrote {out}/extrapolate.gif and .png: frames 0..{T - 1} are trained, {T}..{2 * T - 1} are not")
 
 
@@ -403,9 +406,11 @@ def predict(cfg, vae, dit, device, out, how):
     tokens = sample_tokens(dit, cond.expand(cfg.n, -1, -1), noise, how["sampler"], how["sample_steps"], seed=cfg.seed,
                            progress=True)                                           # (n, N, d)
     videos = vae.decode(tokens, torch.arange(vae.cfg.frames, device=device).float()).cpu()          # (n, T, 3, H, W)
-    rows = torch.cat([torch.stack([clip, shown]), videos])
-    save_video(out / "predict.gif", tile(rows, 6), cfg.fps, scale=max(1, 96 // videos.shape[-1]))
-    save_video(out / "predict.png", film_strips(rows[:8]), scale=max(1, 96 // videos.shape[-1]))
+    rows = torch.cat([torch.stack([clip, shown]), videos])                          # (2 + n, T, 3, H, W)
+    names = ["the video", f"shown: {dit.cfg.condition}", *(f"answer {i}" for i in range(cfg.n))]
+    save_video(out / "predict.gif", tile(rows, 6, names), cfg.fps)
+    cells = [f"frame {t}" if t else name for name in names[:8] for t in range(len(clip))]
+    save_video(out / "predict.png", film_strips(rows[:8], cells))
     print(f"wrote {out}/predict.gif and .png: the video, what was shown ({dit.cfg.condition}), {cfg.n} answers")
 
 
@@ -621,6 +626,8 @@ def main(argv=None):
             raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (its sha256 starts "
                              f"{dit.vae_sha256[:12]}, not {vae.sha256[:12]}); give that one with --vae, or train "
                              "again: python nerv_dit.py --no-resume")
+        if device.type == "cuda":                       # one step, captured once and replayed: no launch costs
+            dit.compile(mode="reduce-overhead")
         guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)
         how = dict(sampler=cfg.sampler or dit.cfg.sampler, sample_steps=cfg.sample_steps or dit.cfg.sample_steps,
                    guidance=guidance)

@@ -509,7 +509,7 @@ def test_seeking_is_exact(tmp_path, name, codec):
 def test_loader_bench(tmp_path, tree, capsys):
     """Catches a timing command that does not run, or that loses a part of what a clip costs."""
     rates = data.main(flags(dict(dataset="folder", data_root=tree, out=tmp_path, frames=4, resolution=32, workers=1,
-                                 clips=16, batch=8)))
+                                 clips=16, batch=8, bench=True)))
     told = capsys.readouterr().out
     assert set(rates) == {0, 1} and all(part in told for part in ("decode", "resize", "copy", "1 workers"))
 
