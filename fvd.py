@@ -228,7 +228,7 @@ class NpzVideos:
     def __init__(self, path):
         try:
             archive = zipfile.ZipFile(path)
-            if any(member.compress_type for member in archive.infolist()) or archive.testzip():     # before any is parsed
+            if any(member.compress_type for member in archive.infolist()) or archive.testzip():     # before parsing
                 raise ValueError("it is compressed, or damaged: its checksums do not agree with its contents")
             with np.load(path, allow_pickle=False) as file:
                 self.labels, self.settings = file["labels"], dict(json.loads(str(file["settings"])))

@@ -85,7 +85,7 @@ def nerv_dec_plan(cfg):
             each kernel, so that repeating every number four times fills it
     """
     if (cfg.pe_size, cfg.resolution, cfg.side) != (1, 256, "none") or cfg.parameterization == "channel":
-        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels without side connections, whole kernels at a time; "
+        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without side paths; "
                          "use --pe-size 1 --resolution 256 --side none --parameterization repeat")
     c = [cfg.pe_dim, 16, 32, 16, 3]
     return [Layer("rgb" if i == 3 else "conv", c[i], 16 * c[i + 1], 3 if i else 1, 4 ** (i + 1), 0, 0, i - 1, shuffle=4)
@@ -164,6 +164,7 @@ class ModulatedConv2d(nn.Module):
         self.shared = nn.Parameter(cfg.kernel_init * (start if cfg.conv_init else start.sign()))
         self.bias, self.initial_energy = nn.Parameter(torch.zeros(c_out)), cfg.kernel_init ** 2 * c_in * k * k
         # How many numbers the tokens have to supply; a head gives every token ceil(n / N) of them, the rest is cut.
+        # With "repeat" they make up a quarter of the kernel, cut along one of its sides.
         self.sides = {"out": c_out, "in": c_in, "taps": k * k}
         self.quarter = [-(-n // 4) if axis == cfg.expand else n for axis, n in self.sides.items()]
         self.numel = {"channel": go * gi * k * k,
@@ -205,7 +206,7 @@ class ModulatedConv2d(nn.Module):
         else:                                           # NeRV-Enc, Eq. 3: each number repeated four times, multiplied
             axis, full = 1 + list(self.sides).index(self.expand), self.sides[self.expand]
             values = 1 + values.view(-1, *self.quarter)                             # 1: the bias of the appendix's FC2
-            values = values.repeat_interleave(min(4, full), axis).narrow(axis, 0, full)             # (B, c_out, c_in, k*k)
+            values = values.repeat_interleave(min(4, full), axis).narrow(axis, 0, full)     # (B, c_out, c_in, k*k)
             kernel = shared * values.unflatten(3, (k, k))
         if self.normalize:
             energy = kernel.square().sum((2, 3, 4), keepdim=True)                   # (B, c_out, 1, 1, 1)

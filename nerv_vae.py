@@ -70,7 +70,7 @@ class Config:
     layer_tokens: str = ""          # tokens x channels of each layer, as 4x256,0x0; empty: all read all (NeRV-Enc A.5)
     expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc Table 10c)
     normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc Table 10a)
-    conv_init: bool = True          # kernels start as a convolution's; off: as signs (NeRV-Enc Table 10b; signs: choice)
+    conv_init: bool = True          # kernels start normal; off: as signs (NeRV-Enc Table 10b names nothing: choice)
     # encoder
     enc_depth: int = 2              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)
@@ -129,7 +129,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def pick_device():
-    """This rank's device, CUDA where there is one; joins the other ranks. Denormals are flushed: slow, and no signal."""
+    """This rank's device, CUDA where there is one; joins the other ranks. Denormals are flushed, as they are slow."""
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
@@ -541,7 +541,7 @@ def not_finite(row, bad, names):
     """What to say when ten steps in a row were skipped."""
     terms = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "clips_per_s")
     return (f"{int(bad[1])} steps in a row had a loss or gradient that is not a number, and were skipped; stopped at "
-            f"{terms}; this batch: {', '.join(names)}. The checkpoint is from before; lower --lr, or look at these clips")
+            f"{terms}; this batch: {', '.join(names)}. The checkpoint is from before; lower --lr, or look at these")
 
 
 def leave(step, path, heard, saved):
@@ -594,7 +594,8 @@ def evaluate(model, clips, picture):
     device, frame = next(model.parameters()).device, torch.arange(clips.shape[1]).float()
     seen = degrade(clips, model.cfg.degrade)                                        # (n, T, 3, H, W)
     recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(8)])
-    rows = dict(original=clips, seen=seen, reconstruction=recon, difference=(recon - clips).abs().sub(1))   # black: none
+    rows = dict(original=clips, seen=seen, reconstruction=recon)
+    rows["difference"] = (recon - clips).abs().sub(1)                               # black where they agree
     if model.cfg.degrade == "none":
         del rows["seen"]
     with writing(picture):
@@ -712,9 +713,11 @@ def train(cfg):
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 measure_batchnorm(ema, clips, cfg, device)
                 if not RANK:
-                    row[name], row["psnr_in"] = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
-                    bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel"
-                              + f", of the degraded input {row['psnr_in']:.2f} dB" * (cfg.degrade != "none"))
+                    row[name], psnr_in = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
+                    bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel")
+                    if cfg.degrade != "none":
+                        row["psnr_in"] = psnr_in
+                        bar.write(f"step {step}: psnr_in {psnr_in:.2f} dB, of the {cfg.degrade} clips that went in")
                     if row[name] > best:
                         best = row[name]
                         save(path.with_name("best.pt"))

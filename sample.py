@@ -10,6 +10,7 @@
     python sample.py --interp --video-a a.mp4 --video-b b.mp4       # between two real videos
     python sample.py --compress clip.mp4 --bits 8                   # a video as a few kilobytes: clip.nerv
     python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, clip.nerv.gif
+    python sample.py --weights assets/toy       # any of these with the weights that came along, without training
     python sample.py --bench --model S          # how fast this machine runs the paper's sizes: a table, bench.json
 
 Letters: n videos, T frames, H = W pixels, N weight tokens, d channels a token. lambda: 1 is video a, 0 is video b.
@@ -23,7 +24,7 @@ import re
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ import nerv_vae
 from data import build_dataset, condition_video, count_frames, parse_config, read_clip, save_video, tile, to_uint8
 from generative_nerv import GenerativeNeRV, flops, positional_embedding, render
 from nerv_dit import file_hash, load_dit, sample_tokens
-from nerv_vae import load_vae, pick_device
+from nerv_vae import load_vae, pick_device, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Config:
     compress: str = ""              # a video file whose first clip becomes a .nerv file (NeRV-Enc A.4)
     bits: int = 8                   # 4|5|6|7|8|32: of a number in the .nerv file; 32 keeps float32
     decompress: str = ""            # a .nerv file to play
+    export: str = ""                # write NAME-vae.pt and NAME-dit.pt: both stages in half precision, to hand on
     # how
     sampler: str = ""               # ddpm or ddim; empty: as the DiT was configured
     sample_steps: int = 0           # 0: as the DiT was configured
@@ -64,6 +66,7 @@ class Config:
     # where
     dit: str = "out/dit/ckpt.pt"    # checkpoint of nerv_dit.py
     vae: str = ""                   # checkpoint of nerv_vae.py; empty: the one the DiT was trained on
+    weights: str = ""               # NAME of exported ones, in place of --dit and --vae; here: assets/toy
     out: str = "out/samples"        # folder that everything is written to
     fps: int = 8                    # of gif and mp4
     # how fast
@@ -254,7 +257,7 @@ MAGIC, LARGEST = b"NeRV\x01", 1 << 22                   # its last byte: version
 
 
 def pack_tokens(tokens, bits, **header):
-    """Numbers (n,) of a video's tokens as the bytes of a .nerv file. Its parts, in this order, integers being little-endian:
+    """Numbers (n,) of a video's tokens as the bytes of a .nerv file. Its parts in order, integers little-endian:
 
     magic, 5 bytes | length of the header, 4 bytes | header, JSON: count, bits, low, scale and what the caller adds |
     below 32 bits: 2^bits code lengths, a byte each | payload: Huffman codes, or float32 | CRC-32 of all that, 4 bytes
@@ -359,7 +362,7 @@ def generate(cfg, vae, dit, device, out, how):
     save_video(out / "samples.gif", tile(videos, columns, names[:len(videos)]), cfg.fps)
     cells = [f"frame {t}" if t else name for name in names[:16] for t in range(len(frame))]
     save_video(out / "samples.png", film_strips(videos[:16], cells[:len(videos) * len(frame)]))
-    print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, samples.gif and samples.png")
+    print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
     return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                    # (2, N, d)
 
 
@@ -455,6 +458,21 @@ def decompress(cfg, vae, vae_path, device, out):
     for suffix in (".mp4", ".gif"):
         save_video(path.with_name(path.name + suffix), video, cfg.fps)
     print(f"wrote {path}.mp4 and .gif: {c.frames} frames of {c.resolution} x {c.resolution}")
+
+
+def export(name, vae, dit):
+    """The averaged weights of both stages in half precision, without optimizer state: small enough to hand on."""
+    half = lambda model: {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    paths = [Path(f"{name}-{stage}.pt") for stage in ("vae", "dit")]
+    written = save_checkpoint(paths[0], dict(config=asdict(vae.cfg), classes=vae.classes, step=vae.step,
+                                             made_by=nerv_vae.MADE_BY, ema=half(vae)))
+    written = written and save_checkpoint(paths[1], dict(
+        config=asdict(replace(dit.cfg, vae=str(paths[0]))), classes=dit.class_names, step=dit.step, ema=half(dit),
+        made_by=nerv_dit.MADE_BY, vae_sha256=file_hash(paths[0]), tokens=list(dit.token_mean.shape)))
+    if not written:
+        raise SystemExit(f"--export {name} failed")
+    print(f"wrote {paths[0]} and {paths[1]}, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB; "
+          f"use them with --weights {name}")
 
 
 # ---------------------------------------------------------------------------------------------- how fast; skip it
@@ -608,7 +626,7 @@ def main(argv=None):
         return out
     with torch.no_grad():
         if cfg.reconstruct or cfg.compress or cfg.decompress:
-            path = cfg.vae or "out/vae/ckpt.pt"
+            path = f"{cfg.weights}-vae.pt" if cfg.weights else cfg.vae or "out/vae/ckpt.pt"
             vae = load_vae(path, device)
             vae.sha256 = file_hash(path)
             if cfg.reconstruct:
@@ -618,6 +636,11 @@ def main(argv=None):
             if cfg.decompress:
                 decompress(cfg, vae, path, device, out)
             return out
+        if cfg.weights:
+            cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
+        if not Path(cfg.dit).is_file():
+            raise SystemExit(f"no checkpoint at {cfg.dit}; make it with: python nerv_vae.py && python nerv_dit.py; or "
+                             "see what came of the built-in data, with --weights assets/toy")
         dit = load_dit(cfg.dit, device)
         path = cfg.vae or dit.cfg.vae
         vae = load_vae(path, device)
@@ -626,6 +649,9 @@ def main(argv=None):
             raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (its sha256 starts "
                              f"{dit.vae_sha256[:12]}, not {vae.sha256[:12]}); give that one with --vae, or train "
                              "again: python nerv_dit.py --no-resume")
+        if cfg.export:
+            export(cfg.export, vae, dit)
+            return out
         if device.type == "cuda":                       # one step, captured once and replayed: no launch costs
             dit.compile(mode="reduce-overhead")
         guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)

@@ -172,7 +172,7 @@ def test_every_tokenizer_variant(change):
 
 
 def test_nerv_enc_preset_fits_its_kernels():
-    """Catches layers that read other layers' tokens, or sizes that leave the appendix's: 4x256, 128x144, 64x288, none."""
+    """Catches layers that read other layers' tokens, or other sizes than the appendix's: 4x256, 128x144, 64x288, 0."""
     torch.manual_seed(0)
     cfg = nerv_vae.Config(**{**nerv_vae.NERV_ENC, "enc_depth": 0})
     net, maps = generative_nerv.GenerativeNeRV(cfg), []
@@ -184,13 +184,13 @@ def test_nerv_enc_preset_fits_its_kernels():
     video = net(z, frame)
     assert video.shape == (2, 1, 3, 256, 256) and 0.2 < min(maps) and max(maps) < 3
     torch.testing.assert_close(net.instantiate(z[1])(frame), video[1], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(net(torch.where(net.used, z, 9.0), frame), video)    # what no layer reads does not matter
+    torch.testing.assert_close(net(torch.where(net.used, z, 9.0), frame), video)    # unread, so without effect
     video.mean().backward()
     assert all(p.grad.abs().max() > 0 for p in net.parameters())
 
 
 def test_repeated_numbers_fill_the_side_they_should():
-    """Catches numbers repeated along another side than asked for (NeRV-Enc Table 10c), or added instead of multiplied."""
+    """Catches numbers repeated along another side than asked for (NeRV-Enc Table 10c), or added, not multiplied."""
     layer = generative_nerv.Layer("conv", 8, 12, 3, 8, 0, 0, 0)
     for axis, expand in enumerate(("out", "in", "taps")):
         conv = generative_nerv.ModulatedConv2d(layer, tiny(expand=expand, normalize=False, **REPEAT), slice(0, 6), 8)
@@ -298,7 +298,8 @@ def test_loss_is_zero_for_the_exact_denoiser_and_in_both_passes():
     t, tokens = torch.tensor([1, 300, 999]), point.expand(3, -1, -1)
     for own_step in (0, 1):
         noise = torch.randn(2, 3, 4, 8)
-        assert nerv_dit.diffusion_loss(OnePoint(point), tokens, noise, t, torch.zeros(3), schedule, 5.0, own_step) < 1e-6
+        loss = nerv_dit.diffusion_loss(OnePoint(point), tokens, noise, t, torch.zeros(3), schedule, 5.0, own_step)
+        assert loss < 1e-6
     early, late = (nerv_dit.noise_schedule()[0][i] for i in (0, 999))
     assert early > 0.99 and late < 0.01                                             # 0 is almost data, 999 almost noise
 
@@ -656,11 +657,11 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
 
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_two_processes_are_one(run, tree, tmp_path, stage):
-    """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients summed for averaged."""
+    """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients summed, not averaged."""
     gan = dict(dataset="folder", data_root=tree, gan_weight=1.0, gan_every=1, frames_per_step=0, gan_start=0, steps=5,
                lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=5e-5, eval_every=5)
-    module, words = {"vae": (nerv_vae, flags({**TINY, **gan})),
-                     "dit": (nerv_dit, ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5, "workers": 0})])}[stage]
+    dit = ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5, "workers": 0})]
+    module, words = {"vae": (nerv_vae, flags({**TINY, **gan})), "dit": (nerv_dit, dit)}[stage]
     if stage == "dit":                                  # a tokenizer of the little tree, so that its cache is quick
         nerv_vae.main(["--out", str(run.out / "two"), *flags({**TINY, **gan, "steps": 1})])
     one = torch.load(module.main([*words, "--out", str(tmp_path / "one")]), weights_only=True)
@@ -678,7 +679,7 @@ def test_two_processes_are_one(run, tree, tmp_path, stage):
                 torch.testing.assert_close(value, two[part][name], rtol=0, atol=1e-5, msg=f"{part}.{name}")
     logs = [[json.loads(line) for line in open(tmp_path / which / "log.jsonl")] for which in ("one", "two")]
     for a, b in zip(*logs, strict=True):
-        for key in a.keys() - {"clips_per_s", "token_std"}:                         # a mean of two stds is not their std
+        for key in a.keys() - {"clips_per_s", "token_std"}:                         # stds do not average
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
@@ -707,8 +708,8 @@ def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(tree, tmp_path, monkeypat
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_a_full_disk_costs_no_checkpoint(run, tmp_path, capfd, monkeypatch, stage):
     """Catches a save that destroys the file before it, a run that ends at the first failure, or one that hides it."""
-    module, words = {"vae": (nerv_vae, flags({**TINY, "steps": 3, "eval_every": 1})),
-                     "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 3, "eval_every": 1})])}[stage]
+    dit = ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 3, "eval_every": 1})]
+    module, words = {"vae": (nerv_vae, flags({**TINY, "steps": 3, "eval_every": 1})), "dit": (nerv_dit, dit)}[stage]
     first, keep, calls = module.main([*words, "--out", str(tmp_path), "--steps", "1"]), os.fsync, []
 
     def full(number):
@@ -1018,7 +1019,8 @@ def test_quantisation_formula(bits):
     again = sample.unpack_tokens(sample.pack_tokens(stored, bits))[1]
     torch.testing.assert_close(again, stored, rtol=0, atol=1e-6)                    # what is on the grid stays there
     assert torch.equal(sample.unpack_tokens(sample.pack_tokens(tokens, 32))[1], tokens)
-    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(torch.full((6,), -1.5), bits))[1], torch.full((6,), -1.5))
+    alike = torch.full((6,), -1.5)
+    assert torch.equal(sample.unpack_tokens(sample.pack_tokens(alike, bits))[1], alike)
 
 
 def test_compress_and_decompress(run, tree, tmp_path, capsys):
@@ -1151,6 +1153,16 @@ def test_readme_commands(run, tmp_path):
     assert len(list(out.glob("*.mp4"))) == 5 and data.count_frames(out / "time_interp.gif") == 12
 
 
+def test_exported_weights_sample_alike(run, tmp_path):
+    """Catches an export of raw weights, a lost token scale, or a pair of files that do not know each other."""
+    words = ["--n", "2", "--out", str(tmp_path / "a")]
+    whole = np.load(sample.main(["--dit", str(run.dit), *words]) / "samples.npz")["videos"].astype(int)
+    sample.main(["--dit", str(run.dit), "--export", str(tmp_path / "toy"), "--out", str(tmp_path)])
+    half = np.load(sample.main(["--weights", str(tmp_path / "toy"), *words]) / "samples.npz")["videos"].astype(int)
+    assert abs(whole - half).mean() < 2
+    assert 2.5 * (tmp_path / "toy-vae.pt").stat().st_size < run.vae.stat().st_size
+
+
 def test_sampling_goes_on_where_it_stopped(run, tmp_path):
     """Catches a half-written set of samples that starts over or repeats videos."""
     words = ["--dit", str(run.dit), "--n", "4", "--batch", "2"]
@@ -1195,7 +1207,7 @@ def test_one_line_for_bad_input(run, tmp_path):
     """Catches tracebacks: each mistake gets one line that names the fix, exit code 1."""
     for main, words, part in [
             (nerv_dit.main, ["--vae", str(tmp_path / "no.pt")], "python nerv_vae.py"),
-            (sample.main, ["--dit", str(tmp_path / "no.pt")], "python nerv_dit.py"),
+            (sample.main, ["--dit", str(tmp_path / "no.pt")], "--weights assets/toy"),
             (sample.main, ["--dit", str(run.dit), "--classes", "dragon"], "the classes are"),
             (sample.main, ["--dit", str(run.dit), "--predict", "x.mp4"], "--condition frames"),
             (nerv_vae.main, ["--resolution", "48", "--out", str(tmp_path)], "change --"),
