@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of this file alone run as a program; training has its own, with the same names."""
+    """Settings of this file run as a program; training has its own, of the same names but not the same defaults."""
 
     dataset: str = "toy"            # toy|ucf|k600|folder: the clips
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
@@ -140,7 +140,7 @@ class ToyVideos:
     classes = [f"{shape} {motion}" for shape in SHAPES for motion in MOTIONS]
 
     def __init__(self, cfg, held_out=False):
-        self.cfg, self.stream, self.files = cfg, int(held_out), None
+        self.cfg, self.stream, self.files = cfg, int(held_out), None           # no files to name
         self.labels = np.arange(TOY_VIDEOS) % len(self.classes)
 
     def __len__(self):
@@ -152,7 +152,7 @@ class ToyVideos:
         return draw_toy(rng, self.labels[i], self.cfg.frames, self.cfg.resolution), int(self.labels[i])
 
 
-# ---------------------------------------------------------------------------------------------- video files
+# ---------------------------------------------------------------------------------- video files; skip at first
 
 def decode(path, stamp=None):
     """The frames of a video file in order; with `stamp`, from the key frame that has this time stamp.

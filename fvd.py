@@ -328,8 +328,9 @@ def purity_and_nmi(cluster, source):
 def token_rows(path, seed):
     """Statistics of a token cache, read 256 clips at a time. Returns {name: (value, note)}.
 
-    Source:  paper Tables A11, A13. Choice: moments over all values of the sampled tokens that stage 2 sees; a dim is
-             dead where the variance of its mean over clips is below 0.01 (Burda et al., arXiv 1509.00519)
+    Source:  paper Tables A11, A13. Departs: A11's clips are also cropped at random in space. Choice: moments over all
+             values of the sampled tokens that stage 2 sees; a dim is dead where the variance of its mean over clips is
+             below 0.01 (Burda et al., arXiv 1509.00519)
     """
     try:
         cache = np.load(path, mmap_mode="r")

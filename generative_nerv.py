@@ -1,14 +1,16 @@
 """The decoder: weight tokens become the kernels of one small convolutional network per video.
 
     tokens z (B, N, d) --affine head of each layer--> a block of that layer's kernel; the rest is shared by all videos
-    frame index t, 8 x 8 grid --sinusoids--> (T, 48, 8, 8) -> conv -> [up x2, conv, conv] per doubling -> toRGB -> tanh
+    frame index t, 8 x 8 grid --sinusoids--> (T, 48, 8, 8) -> conv -> [up x2, conv, conv] per doubling (the last: one
+    conv) -> toRGB -> tanh                              48 = 3 * pe_dim: sinusoids of time, height and width
 
     python generative_nerv.py --model L --resolution 128        # prints Table A1, layer by layer
 
 Letters: B videos, T frames, N weight tokens, d channels a token, D hidden width, c_in/c_out/k of a convolution.
 Ranges:  tokens ~ N(0, 1). `frame` is the frame index on the training grid, a float: 0 is the first trained frame,
          T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
-A feature map is laid out time-major, (T * B, c, H, W), so that "one group a video" is a view and not a copy.
+A feature map is laid out time-major, (T * B, c, H, W), so that "one group per video" is a view and not a copy.
+`cfg` is nerv_vae.Config; its lines under "weight tokens and decoder" explain every field used here.
 """
 import argparse
 import math
@@ -60,6 +62,7 @@ def layer_plan(cfg):
         return Layer(kind, c_in, c_out, k, size, min(g, c_in) * wider, min(g, c_in), block)
 
     width = lambda i: 2 * D if i == doublings - 1 else D                            # only the last block is 2D wide
+    # The stem is generated whole (Table A1).
     stem = layer("conv", 3 * cfg.pe_dim, width(0) if doublings == 1 else D, cfg.pe_size, -1)
     plan, size = [stem._replace(gen_out=stem.c_out, gen_in=stem.c_in)], cfg.pe_size
     for i in range(doublings):
@@ -73,7 +76,7 @@ def layer_plan(cfg):
         if cfg.side == "skip":
             plan += [Layer("rgb", width(min(i + 1, doublings - 1)), 3, 3, size, 3, min(D, plan[-1].c_out), i)]
     if cfg.side != "skip":
-        plan += [Layer("rgb", 2 * D, 3, 3, size, 3, D, doublings)]
+        plan += [Layer("rgb", 2 * D, 3, k=3, size=size, gen_out=3, gen_in=D, block=doublings)]
     return plan
 
 
@@ -155,7 +158,8 @@ class ModulatedConv2d(nn.Module):
 
     def __init__(self, layer, cfg, rows, columns, head=None):
         super().__init__()
-        self.layer, self.mode, self.rows, self.columns, self.rank = layer, cfg.parameterization, rows, columns, 10
+        self.layer, self.mode, self.rows, self.columns = layer, cfg.parameterization, rows, columns
+        self.rank = 10                                  # of fmm's low-rank factors (choice: as DIGAN)
         self.expand, self.normalize = cfg.expand, cfg.normalize
         self.assemble = self.mode != "channel" or layer.c_in * layer.c_out <= 32 * 32 or not cfg.normalize
         kind, c_in, c_out, k, size, go, gi, *_ = layer
@@ -177,16 +181,18 @@ class ModulatedConv2d(nn.Module):
             self.head = head or nn.Linear(columns, self.per_token, bias=False)
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(columns))           # unit tokens give unit numbers
         self.scale = cfg.kernel_init if self.mode == "channel" else 0.3             # choice: a gain of 1 +- 0.3
-        # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but a
-        # pixel sees fewer: 2 of 4 in a transposed convolution, and fewer still where the kernel hangs over the edge.
+        # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but on
+        # average a pixel sees fewer: in a transposed convolution 2, and 1 for the first and last of 2n; else k, less
+        # 1 + 2 + .. + k // 2 over the n pixels at both edges. The std falls by seen / k.
         inputs = size // 2 if kind == "transposed" else size // layer.shuffle
         seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
-        # Second, the mean square is 1/2 after sines and 0.4256 after GELU of a unit normal; toRGB feeds tanh as it is.
+        # Second, the mean square is 1/2 after sines and 0.4256 = 1.533^-2 after GELU of a normal; toRGB feeds tanh.
         self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.block >= 0 else 2 ** 0.5)
 
     def generated(self, tokens):
         """Numbers this layer takes from the tokens, one run a token. Shapes: (B, N, d) -> (B, numel)."""
-        values = self.head(tokens[:, self.rows, :self.columns])[..., :self.per_token]               # (B, n, per_token)
+        values = self.head(tokens[:, self.rows, :self.columns])               # (B, n, per_token or more)
+        values = values[..., :self.per_token]           # more: the one head of --reuse direct fits the largest layer
         return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
 
     def kernel(self, tokens):
@@ -291,7 +297,7 @@ def render(layers, convs, x, side):
             rgb = y if rgb is None else y + upsample_side(rgb, 3)
             continue
         x = F.gelu(conv(x))                                                         # (n, c, size, size)
-        if side == "residual" and after.block != layer.block:
+        if side == "residual" and after.block != layer.block:                       # the block ends here
             x = (x + upsample_side(block_in, x.shape[1])) / math.sqrt(2)            # unit scale, as StyleGAN2
             block_in = x
     return rgb.tanh()
@@ -330,6 +336,7 @@ class GenerativeNeRV(nn.Module):
         elif cfg.reuse == "none":                       # Table 2b: each layer gets its own tokens, by block size
             if cfg.tokens < len(plan):
                 raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
+            # One token for every layer, the others by block size, rounded on the running sum so that they add up to N.
             sizes = torch.tensor([p.gen_out * p.gen_in * p.k ** 2 for p in plan]).double()
             cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
             ends = cuts.long().tolist()
@@ -376,10 +383,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Table A1 of the paper: the layers of the decoder.")
     parser.add_argument("--model", default="S", help="S, B, L or a number of channels (default: S)")
     parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels (default: 128)")
+    parser.add_argument("--gen-channels", type=int, default=64, help="generated block of a D -> D kernel (default: 64)")
     args = parser.parse_args(argv)
     if args.model not in NERV_WIDTHS and not args.model.isdigit():
         parser.error(f"--model {args.model} is not S, B, L or a number")
-    cfg = SimpleNamespace(**vars(args), gen_channels=64, pe_size=8, pe_dim=16, upsample="transposed", side="residual")
+    cfg = SimpleNamespace(**vars(args), pe_size=8, pe_dim=16, upsample="transposed", side="residual")
     plan = layer_plan(cfg)
     row = "{:<12} {:>18} {:>18} {:>18} {:>11} {:>12}"
     print(row.format("layer", "feature map", "kernel in, out", "generated block", "parameters", "GFLOP/frame"))

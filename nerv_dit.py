@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
+from generative_nerv import sinusoids
 from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, first_rank_first,
                       guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae, mean_over_ranks,
-                      mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint, sinusoids, update_ema,
-                      write_log, writing)
+                      mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint, update_ema, write_log,
+                      writing)
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,19 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|nerv_enc: preset row, clips (the tokenizer's)
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|nerv_enc: preset row; left out: the tokenizer's
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)
     # transformer
-    backbone: str = "dit"           # dit|gpt|latte: adaLN-Zero, prepended tokens, two-axis attention (paper Table 3a)
+    backbone: str = "dit"           # dit|gpt|latte: adaLN-Zero; prepended tokens, not causal; two axes (Table 3a)
     depth: int = 6                  # transformer blocks (paper: 24)
     heads: int = 4                  # attention heads (paper: 16)
     dim: int = 128                  # width (paper: 1024)
     class_dropout: float = 0.1      # how often the class is hidden in training, for guidance (choice: as DiT)
     # loss
     min_snr_gamma: float = 5.0      # Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
-    scheduled_sampling: float = 0.5     # chance of a second pass, on the model's own step; 0 is off (Table 3b)
+    scheduled_sampling: float = 0.5     # chance of a second pass on the own step; 0 is off (Table 3b; 0.5: choice)
     ss_ramp: float = 0.3            # the probability rises linearly over this share of training (choice: as LARP)
     ss_stride: int = 1              # the own step goes from t to t - stride (paper: 1)
     # optimisation
@@ -67,7 +68,7 @@ class Config:
     grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
     ema: float = 0.999              # decay of the averaged weights that sampling uses (choice)
     # sampling
-    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (paper A3: 250 steps)
+    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (choice: paper presets ddpm, as DiT)
     sample_steps: int = 50          # steps from noise to tokens (paper Table A3: 250)
     guidance: float = 3.0           # classifier-free guidance, 1 is off (paper A.1: 2)
     # run
@@ -129,7 +130,7 @@ def cache_tokens(cfg, vae, device):
             cache[row:row + len(video)] = torch.stack(rows, 1).cpu().half().numpy()
             labels[row:row + len(video)], row = label.numpy(), row + len(video)
         cache.flush()
-        labels = agree(labels.tolist())
+        labels = agree(labels.tolist())                 # -1 where another rank worked: the largest is the label
         if not RANK:
             notes.write_text(json.dumps(dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)))
             os.replace(part, path)
@@ -241,7 +242,9 @@ def noise_schedule(device="cpu"):
 
 
 def min_snr_weight(snr, gamma):
-    """Loss weight of a noise prediction: min(SNR, gamma) / SNR, and 1 for gamma 0. Shapes: (B,) -> (B,) in (0, 1].
+    """Loss weight of a noise prediction: min(SNR, gamma) / SNR, and 1 for gamma 0. Shapes: any -> the same, in (0, 1].
+
+    Units:  SNR = alpha^2 / sigma^2, large near the data
 
     Source: paper Sec. 3.3 prints min(SNR, gamma), which weighs a prediction of the data; A.1 says it is adjusted for
             predicting the noise, which divides it by SNR. Taken literally on noise it would favour the clean end.
@@ -253,9 +256,10 @@ def ancestral_step(z, eps, now, then, noise):
     """One DDPM step: a draw from q(z_then | z_now, tokens guessed from eps). Shapes: z, eps, noise (B, N, d).
 
     `now` and `then` are (alpha, sigma) pairs, then being less noisy; (1, 0) is the data.
+    Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times: `kept` is the product of 1 - beta between them
     """
     (a, s), (a2, s2) = now, then
-    data = (z - s * eps) / a
+    data = (z - s * eps) / a                            # what eps implies, as z = a * data + s * eps
     kept = (a / a2) ** 2                                                            # variance kept from then to now
     mean = (a2 * (1 - kept) * data + a / a2 * s2 ** 2 * z) / s ** 2
     return mean + s2 / s * (1 - kept).clamp(min=0).sqrt() * noise
@@ -296,14 +300,15 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     """Walk from noise to weight tokens, ready for the decoder.
 
     Guidance acts on all d channels: eps = eps_none + guidance * (eps_class - eps_none), both halves in one batch.
+    Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
     Shapes:  noise (B, N, d), cond as DiT -> tokens (B, N, d), scaled back to the tokenizer's units
-    Source:  paper Table A3 (250 DDPM steps), A.1 (guidance 2); DDIM with eta 0 is choice
+    Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
     """
     if guidance != 1 and model.by_tokens:
         raise ValueError("guidance needs a class condition; use --guidance 1")
     schedule = noise_schedule(noise.device)
     times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
-    random = torch.Generator("cpu").manual_seed(seed)
+    random = [torch.Generator().manual_seed(2 ** 40 + seed + i) for i in range(len(noise))]         # each video its own
     z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
     if copies == 2:
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])              # (2B,): asked for, then none
@@ -318,7 +323,7 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         last = i == steps - 1
         a2, s2 = (torch.ones_like(a), torch.zeros_like(s)) if last else (c[times[i + 1]] for c in schedule)
         if sampler == "ddpm":
-            fresh = torch.randn(z.shape, generator=random).to(z.device)
+            fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in random]).to(z.device)
             z = ancestral_step(z, eps, (a, s), (a2, s2), fresh)
         else:
             z = a2 * (z - s * eps) / a + s2 * eps
@@ -343,7 +348,7 @@ def train(cfg):
     model, ema = (DiT(cfg, vae.cfg.tokens, vae.cfg.token_dim, classes).to(device) for _ in range(2))
     some = torch.from_numpy(np.array(cache[np.random.default_rng(0).permutation(len(cache))[:4096]])).float()
     model.token_mean.copy_(some[:, 0].mean(0))
-    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
+    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())    # of a draw
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -356,9 +361,9 @@ def train(cfg):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
     schedule = noise_schedule(device)
 
-    def condition(rows, pairs):
+    def condition(rows, entry):
         if model.by_tokens:
-            return (pairs[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
+            return (entry[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
         return torch.full_like(labels[rows], classes).to(device) if cfg.condition == "none" else labels[rows].to(device)
 
     def save(path):
@@ -380,21 +385,22 @@ def train(cfg):
         own_step = cfg.ss_stride if torch.rand(()) < share else 0
         t = torch.randint(own_step, 1000, (cfg.batch,))                             # (B,)
         hidden = torch.rand(cfg.batch) < cfg.class_dropout                          # (B,)
-        noise = torch.randn(3, cfg.batch, *model.token_mean.shape, device=device)   # (3, B, N, d), for all ranks alike
+        # (3, B, N, d), for all ranks alike: 0 and 1 for the two passes, 2 for the draw from the posterior
+        noise = torch.randn(3, cfg.batch, *model.token_mean.shape, device=device)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
-        for at in torch.arange(cfg.batch)[mine].chunk(cfg.grad_accum):
-            pairs = torch.from_numpy(cache[rows[at].numpy()]).to(device).float()    # (B, 2 or 3, N, d)
-            tokens = pairs[:, 0] + (pairs[:, 1] / 2).exp() * noise[2, at]
+        for part in torch.arange(cfg.batch)[mine].chunk(cfg.grad_accum):
+            entry = torch.from_numpy(cache[rows[part].numpy()]).to(device).float()  # (B, 2 or 3, N, d)
+            tokens = entry[:, 0] + (entry[:, 1] / 2).exp() * noise[2, part]
             tokens = (tokens - model.token_mean) / model.token_std                  # (B, N, d)
             # 2. What the model is told: a class, sometimes hidden so that guidance has something to compare with.
-            cond = condition(rows[at], pairs)
+            cond = condition(rows[part], entry)
             if cfg.condition == "class":
-                cond = cond.masked_fill(hidden[at].to(device), classes)
+                cond = cond.masked_fill(hidden[part].to(device), classes)
             # 3. Noise it to a random time and predict the noise; now and then also from the model's own next step.
             with amp:
-                loss = diffusion_loss(forward, tokens, noise[:2, at], t[at].to(device), cond, schedule,
+                loss = diffusion_loss(forward, tokens, noise[:2, part], t[part].to(device), cond, schedule,
                                       cfg.min_snr_gamma, own_step)
             (loss / cfg.grad_accum).backward()
             add_up(terms, cfg.grad_accum, loss=loss / (2 if own_step else 1))       # a pass, on average
@@ -453,7 +459,7 @@ def load_dit(path, device):
 
 
 def main(argv=None):
-    """Command line of stage 2. Returns the path of the checkpoint."""
+    """Command line of stage 2; without --dataset, the tokenizer's is the preset row. Returns the checkpoint's path."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--vae", default=Config.vae)
     vae = Path(first.parse_known_args(argv)[0].vae)

@@ -5,15 +5,15 @@
       -> GenerativeNeRV(z, frame) -> video (B, T, 3, H, W)
 
     python nerv_vae.py                                              # toy clips, laptop CPU, a few minutes
-    python nerv_vae.py --dataset ucf --data-root UCF-101            # the paper's run (NeRV-Diffusion-S; --model B, L)
-    python nerv_vae.py --dataset folder --data-root my_videos       # any tree of videos
-    python nerv_vae.py --dataset nerv_enc --data-root k400          # the paper's forerunner, NeRV-Enc
-    torchrun --nproc_per_node=8 nerv_vae.py --dataset ucf --data-root UCF-101       # --batch stays what all do together
+    python nerv_vae.py --dataset ucf --data-root UCF-101 --out out/ucf      # the paper's run (S; --model B, L)
+    python nerv_vae.py --dataset folder --data-root my_videos --out out/my  # any tree of videos
+    python nerv_vae.py --dataset nerv_enc --data-root k400 --out out/enc    # the paper's forerunner, NeRV-Enc
+    torchrun --nproc_per_node=8 nerv_vae.py --dataset ucf ...               # --batch stays what all do together
 
 It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (one line a log step), step_XXXXXX.gif
 (held-out originals over reconstructions over their difference). The same command again continues where it stopped.
 
-Letters: B videos, T frames, H = W pixels, P patches, N weight tokens, d channels a token.
+Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
 """
 import dataclasses
@@ -61,7 +61,7 @@ class Config:
     gen_channels: int = 8           # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
     pe_size: int = 8                # height and width of the positional input (paper Table 2c: 8 is best)
     pe_dim: int = 16                # sinusoids for each of time, height and width (paper A.2)
-    pe_base: float = 30.0           # slowest sinusoid turns once in 2 pi times this many frames (choice: transformer's)
+    pe_base: float = 30.0           # sinusoids turn once in 2 pi up to nearly 2 pi * this many frames (choice: 10000)
     parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter a kernel (paper Table 2a)
     reuse: str = "heads"            # heads|direct|none: how layers share the tokens (paper Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
@@ -79,11 +79,11 @@ class Config:
     patch_frames: int = 2           # patch depth in frames (paper: 1)
     logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
-    kl_weight: float = 1e-6         # times the KL in nats summed over tokens and channels (paper A.1; sum: Table A12)
+    kl_weight: float = 1e-6         # times the KL in nats summed over tokens and channels (paper A.1: 1e-5; sum: A12)
     lpips_weight: float = 0.0       # perceptual loss (paper: 1); 0 downloads nothing
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
-    gan_start: int = 0              # first step of the discriminator and its loss (choice: 5% of the steps)
+    gan_start: int = 0              # first step of the discriminator and its loss (choice: 100,000 of the paper's 2M)
     gan_every: int = 5              # the discriminator learns every so many steps (paper A.1)
     gan_lr_ratio: float = 0.2       # its learning rate over the autoencoder's (paper A.1: one fifth)
     r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
@@ -115,7 +115,8 @@ PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=
 NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
             "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
             "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 46.8M, A.2: 47.6M
-            "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0}    # no VAE: mean tokens
+            "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
+            "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
 LAPTOP = dict(stride=2, flip=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4, enc_dim=192,
               batch=16, steps=3000, eval_every=1000)              # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
@@ -263,8 +264,9 @@ class NeRVEncoder(nn.Module):
     def forward(self, video):
         B, T, _, H, W = video.shape
         p, f = self.cfg.patch, self.cfg.patch_frames
-        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)
-        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)              # (B, P, f*3*p*p)
+        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)                       # (B, T/f, f, 3, h, p, w, p)
+        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7)                                       # (B, T/f, h, w, f, 3, p, p)
+        x = x.flatten(4).flatten(1, 3)                                              # (B, P, f*3*p*p)
         x = self.embed(x) + self.place                                              # (B, P, dim)
         x = torch.cat([x, self.queries.expand(B, -1, -1)], 1)                       # (B, P+N, dim)
         for block in self.blocks:
@@ -343,7 +345,7 @@ class Discriminator(nn.Module):
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)) in nats of each token channel. Shapes: (B, N, d) twice -> (B, N, d).
 
-    Source: paper Eq. 1 prints the arguments the other way round; departs: this order, every VAE's, has the closed form
+    Source: paper Eq. 1 prints the arguments the other way round; departs: this order is the one in every VAE's bound
     """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
@@ -367,7 +369,7 @@ def critic_loss(critic, real, fake, r1_weight):
     return loss, d_real.mean(), d_fake.mean()
 
 
-# ---------------------------------------------------------------------------------------------- shared by both stages
+# --------------------------------------------------- shared by both stages: files, signals, ranks; skip at first
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain Python beside `path`, flush, then rename: no crash leaves half a file.
@@ -688,7 +690,7 @@ def train(cfg):
         add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad))
         update_ema(ema, model, cfg.ema, step)
         # 4. Every few steps the critic learns to tell the two apart.
-        if gan and step % cfg.gan_every == 0:
+        if gan and (step + 1) % cfg.gan_every == 0:                                 # logged steps among them
             critic.requires_grad_(True)
             r1 = cfg.r1_weight * 16 if step // cfg.gan_every % 16 == 0 else 0       # lazily, 16 times as strong
             opt_d.zero_grad(set_to_none=True)
@@ -737,7 +739,7 @@ def train(cfg):
 
 
 def load_vae(path, device):
-    """The trained tokenizer: averaged weights, frozen, in evaluation mode, with .cfg and .classes."""
+    """The trained tokenizer: averaged weights, frozen, in evaluation mode, with .cfg, .classes and .step."""
     ckpt = load_checkpoint(path, device, MADE_BY)
     model = NeRVVAE(Config(**ckpt["config"])).to(device).eval().requires_grad_(False)
     model.load_state_dict(ckpt["ema"])

@@ -152,7 +152,7 @@ def clip_shape(vae):
 
 
 def clip_settings(vae):
-    """What a measurement must know about the clips of a tokenizer."""
+    """What a measurement must know about the clips of a tokenizer, whose .sha256 main has set."""
     c = vae.cfg
     return dict(dataset=c.dataset, classes=vae.classes, frames=c.frames, stride=c.stride, resolution=c.resolution,
                 split=c.split, vae_sha256=vae.sha256, vae_step=vae.step)
@@ -189,7 +189,7 @@ def film_strips(videos, labels):
     return tile(videos.flatten(0, 1)[:, None], videos.shape[1], labels)
 
 
-# ---------------------------------------------------------------------------------------------- .nerv files
+# ---------------------------------------------------------------------------------- .nerv files; skip at first
 
 def quantise(tokens, bits):
     """Each number becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
@@ -348,8 +348,8 @@ def generate(cfg, vae, dit, device, out, how):
     def tokens_of(first, count):
         noise = noise_for(first, count, dit.token_mean.shape, cfg.seed).to(device)
         cond = torch.tensor(labels[first:first + count], device=device)
-        return sample_tokens(dit, cond, noise, how["sampler"], how["sample_steps"], how["guidance"], cfg.seed + first,
-                             progress=cfg.n <= cfg.batch)                           # (count, N, d)
+        return sample_tokens(dit, cond, noise, how["sampler"], how["sample_steps"], how["guidance"],
+                             cfg.seed * 1_000_003 + first, progress=cfg.n <= cfg.batch)             # (count, N, d)
 
     for first in tqdm(range(store.done, cfg.n, cfg.batch), desc="generating", unit="batch", disable=cfg.n <= cfg.batch):
         store.add(vae.decode(tokens_of(first, min(cfg.batch, cfg.n - first)), frame).cpu())
@@ -367,7 +367,7 @@ def generate(cfg, vae, dit, device, out, how):
 
 
 def interpolate(cfg, vae, device, out, tokens):
-    """lambda * a + (1 - lambda) * b on the weight tokens: the kernels move in a straight line (paper Sec. 4.5.2)."""
+    """lambda * a + (1 - lambda) * b on the tokens; kernels go straight, then are normalised (paper Sec. 4.5.2)."""
     a = file_tokens(cfg.video_a, vae, device)[0] if cfg.video_a else tokens[0]
     b = file_tokens(cfg.video_b, vae, device)[0] if cfg.video_b else tokens[-1]
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)

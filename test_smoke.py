@@ -292,6 +292,17 @@ def test_samplers_find_the_known_point(sampler, steps):
     torch.testing.assert_close(found, torch.cat([point, -point, -point]), rtol=1e-3, atol=1e-3)
 
 
+def test_a_video_does_not_depend_on_its_batch():
+    """Catches noise drawn for a batch as a whole, and fresh noise that repeats the noise a video started from."""
+    model, noise = OnePoint(torch.zeros(1, 4, 8)), sample.noise_for(0, 3, (4, 8), seed=0)
+    walk = lambda first, last: nerv_dit.sample_tokens(model, torch.zeros(last - first), noise[first:last], "ddpm", 10,
+                                                      seed=first)
+    model.sigma = model.sigma * 2                       # a denoiser that is wrong, so that noise stays
+    torch.testing.assert_close(walk(0, 3), torch.cat([walk(0, 1), walk(1, 3)]))
+    fresh = torch.randn(4, 8, generator=torch.Generator().manual_seed(2 ** 40))
+    assert (fresh - noise).abs().amax((1, 2)).min() > 0.1
+
+
 def test_loss_is_zero_for_the_exact_denoiser_and_in_both_passes():
     """Catches a loss and a sampler that disagree on time, and a second pass whose target forgets the true tokens."""
     point, schedule = torch.randn(1, 4, 8), nerv_dit.noise_schedule()
@@ -657,7 +668,7 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
 
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_two_processes_are_one(run, tree, tmp_path, stage):
-    """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients summed, not averaged."""
+    """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients that add up."""
     gan = dict(dataset="folder", data_root=tree, gan_weight=1.0, gan_every=1, frames_per_step=0, gan_start=0, steps=5,
                lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=5e-5, eval_every=5)
     dit = ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5, "workers": 0})]
