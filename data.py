@@ -269,7 +269,7 @@ class VideoFolder:
         self.files = [p for p in good if (group_of(p.relative_to(root)) in train) != held_out]
         if not self.files and not held_out:
             raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; try --split all")
-        self.index = [index[str(p.relative_to(root))] for p in self.files]
+        self.index = [{k: index[str(p.relative_to(root))][k] for k in ("frames", "keys")} for p in self.files]
         self.labels = np.array([self.classes.index(p.parent.name) for p in self.files], dtype=np.int64)
 
     def __len__(self):

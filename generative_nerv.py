@@ -241,7 +241,7 @@ class ModulatedConv2d(nn.Module):
             y[:, :, :go] += own
             y = torch.addcmul(self.bias[:, None, None], y, scale[:, :, None, None])
             y = y.flatten(0, 1)                                                     # (T*B, c_out, H', W')
-        return F.pixel_shuffle(y, self.layer.shuffle)
+        return F.pixel_shuffle(y, self.layer.shuffle) if self.layer.shuffle > 1 else y
 
 
 class PlainConv2d(nn.Module):
@@ -255,7 +255,7 @@ class PlainConv2d(nn.Module):
 
     def forward(self, x):
         y = convolve(x, self.kernel, self.layer.kind) + self.bias[:, None, None]
-        return F.pixel_shuffle(y, self.layer.shuffle)
+        return F.pixel_shuffle(y, self.layer.shuffle) if self.layer.shuffle > 1 else y
 
 
 # ---------------------------------------------------------------------------------------------- the decoder

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
 from generative_nerv import sinusoids
-from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, first_rank_first,
-                      guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae, mean_over_ranks,
-                      mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint, update_ema, write_log,
-                      writing)
+from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, all_at_one_step,
+                      first_rank_first, guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae,
+                      mean_over_ranks, mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint,
+                      update_ema, write_log, writing)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Config:
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA
-    workers: int = 0                # loader processes while the token cache is filled
+    workers: int = 0                # loader processes of each rank while the token cache is filled
     log_every: int = 50             # steps between lines of log.jsonl
     eval_every: int = 1200          # steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
@@ -308,7 +308,7 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         raise ValueError("guidance needs a class condition; use --guidance 1")
     schedule = noise_schedule(noise.device)
     times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
-    random = [torch.Generator().manual_seed(2 ** 40 + seed + i) for i in range(len(noise))]         # each video its own
+    random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]         # 32 bits count
     z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
     if copies == 2:
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])              # (2B,): asked for, then none
@@ -357,6 +357,8 @@ def train(cfg):
         step, best = ckpt["step"], ckpt["best"]
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
+        ckpt = None                                     # model and ema have copied their parts
+    all_at_one_step(step, path)
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
     schedule = noise_schedule(device)
@@ -417,9 +419,9 @@ def train(cfg):
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
             terms = {}
             bar.set_postfix(loss=f"{row['loss']:.4f}")
-            write_log(path.with_name("log.jsonl"), row)
             if bad[1] >= 10:
                 raise SystemExit(not_finite(row, bad, [f"cache row {i}" for i in rows.tolist()]))
+            write_log(path.with_name("log.jsonl"), row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 if row["loss"] < best:
                     best = row["loss"]
@@ -433,10 +435,11 @@ def train(cfg):
                     guidance = cfg.guidance if cfg.condition == "class" else 1.0
                     z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
                     frame = torch.arange(vae.cfg.frames, device=device).float()
+                    videos = torch.cat([vae.decode(one, frame).cpu() for one in z.split(1)])        # (16, T, 3, H, W)
+                    names = [*meta["classes"], "generated"]                         # the last: no class, by_tokens
+                    shown = [classes] * 16 if model.by_tokens else cond.tolist()
                     with writing(path.with_name(f"step_{step:06d}.gif")) as picture:
-                        names = [*meta["classes"], "generated"]                     # the last: no class, by_tokens
-                        shown = [classes] * 16 if model.by_tokens else cond.tolist()
-                        save_video(picture, tile(vae.decode(z, frame), 4, [names[i] for i in shown]))
+                        save_video(picture, tile(videos, 4, [names[i] for i in shown]))
             since, shown_at = time.perf_counter(), step
         heard = agree(stop[0] if stop else 0)
         if heard:

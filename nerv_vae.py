@@ -24,14 +24,14 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -53,7 +53,7 @@ class Config:
     resolution: int = 32            # H = W in pixels (paper: 128 and 256)
     flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
     degrade: str = "none"           # none|downsample|blur|inpaint: what the encoder is shown instead (NeRV-Enc Table 8)
-    workers: int = 0                # loader processes; 0 reads in the training process
+    workers: int = 0                # loader processes of each rank; 0 reads in the training process
     # weight tokens and decoder
     model: str = "16"               # decoder width D: S, B, L (128, 256, 512; A.2) or a number; nerv_dec: NeRV-Enc's
     tokens: int = 32                # N, weight tokens a video (paper: 128, and 160 at 256 x 256)
@@ -138,7 +138,8 @@ def pick_device():
     if WORLD > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
 
 
@@ -148,8 +149,22 @@ def average_gradients(model):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])):
+        for g, mean in zip(grads, flat.div_(WORLD).split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors; so is its gradient. (The one of torch.distributed.nn does not compile.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverRanks.apply(grad)
 
 
 def agree(numbers):
@@ -168,6 +183,13 @@ def first_rank_first():
     yield
     if not RANK:
         agree(0)
+
+
+def all_at_one_step(step, path):
+    """Raise SystemExit where ranks found different checkpoints: they would average different models' gradients."""
+    high, low = agree([step, -step])
+    if high != -low:
+        raise SystemExit(f"ranks found {path} at steps {-low} to {high}; --out must be one folder for all of them")
 
 
 def my_share(cfg):
@@ -220,7 +242,7 @@ class BatchNorm(nn.BatchNorm1d):
         if WORLD == 1 or not self.training:
             return super().forward(x)
         sums = torch.cat([x.mean(0), x.square().mean(0)])                           # (2 * dim,)
-        mean, square = (dist.nn.functional.all_reduce(sums) / WORLD).chunk(2)       # (dim,) each, with gradient
+        mean, square = (SumOverRanks.apply(sums) / WORLD).chunk(2)                  # (dim,) each
         var, n = square - mean.square(), WORLD * len(x)
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -386,11 +408,12 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                # the new name is on the disk, too
-        os.close(folder)
+        with suppress(OSError):                         # the new name, too; some network disks cannot sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:            # torch turns a failed write into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
         print(f"could not write {path} ({reason}); what was there stays, the next save tries again", file=sys.stderr)
         with writing(part):
             part.unlink(missing_ok=True)
@@ -509,9 +532,9 @@ def listen_for_stop():
     seen = []
 
     def note(number, _):
-        if seen:
-            raise KeyboardInterrupt                     # asked twice: do not wait for the step
-        seen.append(number)
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt                     # Ctrl-C twice: do not wait for the step
+        seen.append(number)                             # SIGTERM comes twice where a scheduler signals every process
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
@@ -581,7 +604,7 @@ def measure_batchnorm(ema, dataset, cfg, device):
     ema.encoder.norm.reset_running_stats()
     ema.encoder.norm.momentum = None                    # a plain mean over the batches
     ema.train()
-    for (video, _), _ in zip(batches(dataset, cfg, 0), range(min(16, cfg.steps))):
+    for _, (video, _) in zip(range(min(16, cfg.steps)), batches(dataset, cfg, 0)):
         ema.encode(degrade(video.to(device), cfg.degrade))
     ema.eval()
 
@@ -595,7 +618,8 @@ def evaluate(model, clips, picture):
     """
     device, frame = next(model.parameters()).device, torch.arange(clips.shape[1]).float()
     seen = degrade(clips, model.cfg.degrade)                                        # (n, T, 3, H, W)
-    recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(8)])
+    share = max(1, model.cfg.batch // (WORLD * model.cfg.grad_accum))               # as many as a training pass holds
+    recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(share)])
     rows = dict(original=clips, seen=seen, reconstruction=recon)
     rows["difference"] = (recon - clips).abs().sub(1)                               # black where they agree
     if model.cfg.degrade == "none":
@@ -640,6 +664,8 @@ def train(cfg):
         step, best = ckpt["step"], ckpt["best"]
         for key, thing in state.items():
             thing.load_state_dict(ckpt[key])
+        ckpt = None                                     # it lies on the GPU; model and ema have copied their parts
+    all_at_one_step(step, path)
     forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
 
@@ -659,7 +685,7 @@ def train(cfg):
         video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W), B of this rank
         noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=device)[mine]              # (B, N, d)
         k = cfg.frames_per_step or cfg.frames
-        frame = torch.randperm(cfg.frames)[:k].sort()[0].to(device)                 # (k,)
+        frame = torch.randperm(cfg.frames, device=device)[:k].sort()[0]             # (k,)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
@@ -714,6 +740,7 @@ def train(cfg):
                 raise SystemExit(not_finite(row, bad, names_of(clips, batch_keys(clips, cfg, step - 1))))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 measure_batchnorm(ema, clips, cfg, device)
+                saved = save(path)                      # before anything that could still go wrong
                 if not RANK:
                     row[name], psnr_in = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
                     bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel")
@@ -723,7 +750,6 @@ def train(cfg):
                     if row[name] > best:
                         best = row[name]
                         save(path.with_name("best.pt"))
-                saved = save(path)
             bar.set_postfix(psnr=f"{row['psnr']:.1f}dB", kl=f"{row['kl_per_dim']:.2f}")
             write_log(path.with_name("log.jsonl"), row)
             since, shown_at = time.perf_counter(), step

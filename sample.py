@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import nerv_dit
 import nerv_vae
-from data import build_dataset, condition_video, count_frames, parse_config, read_clip, save_video, tile, to_uint8
+from data import (build_dataset, condition_video, count_frames, degrade, parse_config, read_clip, save_video, tile,
+                  to_uint8)
 from generative_nerv import GenerativeNeRV, flops, positional_embedding, render
 from nerv_dit import file_hash, load_dit, sample_tokens
 from nerv_vae import load_vae, pick_device, save_checkpoint
@@ -122,6 +123,8 @@ class VideoStore:
             note = json.loads(self.note.read_text())
             if note["settings"] == settings and note["shape"] == list(shape):
                 self.done = note["done"]
+        if not self.done:
+            self.note.unlink(missing_ok=True)           # it speaks of the file that is overwritten now
         self.shape, mode = list(shape), "r+" if self.done else "w+"
         self.videos = np.lib.format.open_memmap(self.part, mode, np.uint8, None if self.done else tuple(shape))
 
@@ -130,7 +133,9 @@ class VideoStore:
         self.videos[self.done:self.done + len(videos)] = to_uint8(videos)
         self.videos.flush()
         self.done += len(videos)
-        self.note.write_text(json.dumps(dict(settings=self.settings, shape=self.shape, done=self.done)))
+        fresh = self.note.with_suffix(".new")
+        fresh.write_text(json.dumps(dict(settings=self.settings, shape=self.shape, done=self.done)))
+        os.replace(fresh, self.note)
 
     def close(self, labels):
         """Pack videos (n, T, H, W, 3) uint8, labels (n,) and the settings into the .npz; remove the parts."""
@@ -144,6 +149,12 @@ class VideoStore:
         os.replace(new, self.path)
         self.part.unlink()
         self.note.unlink()
+
+
+def play(vae, tokens):
+    """All trained frames, one video at a time: feature maps are large. Shapes: (n, N, d) -> (n, T, 3, H, W), CPU."""
+    frame = torch.arange(vae.cfg.frames, device=tokens.device).float()
+    return torch.cat([vae.decode(one, frame).cpu() for one in tokens.split(1)])
 
 
 def clip_shape(vae):
@@ -314,7 +325,6 @@ def reconstruct(cfg, vae, device, out):
     if not len(clips):
         clips, which = build_dataset(vae.cfg), "training (nothing was held out: --split all)"
     order = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]
-    frame = torch.arange(vae.cfg.frames, device=device).float()
     kinds, shape = ("original", "reconstruction"), (len(order), *clip_shape(vae))
     settings = dict(clip_settings(vae), pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, seed=cfg.seed)
     stores = [VideoStore(out / f"{kind}.npz", shape, dict(kind=kind, **settings)) for kind in kinds]
@@ -323,7 +333,7 @@ def reconstruct(cfg, vae, device, out):
         store.done = done
     for first in tqdm(range(done, len(order), cfg.batch), desc="reconstructing", unit="batch"):
         video = torch.stack([clips[int(i), int(i)][0] for i in order[first:first + cfg.batch]])     # (k, T, 3, H, W)
-        recon = vae.decode(vae.encode(video.to(device))[0], frame).cpu()
+        recon = play(vae, vae.encode(degrade(video.to(device), vae.cfg.degrade))[0])                # (k, T, 3, H, W)
         psnr += (10 * torch.log10(4 / (recon - video).square().mean((2, 3, 4)).clamp(min=1e-12))).mean(1).tolist()
         stores[0].add(video)
         stores[1].add(recon)
@@ -339,7 +349,7 @@ def reconstruct(cfg, vae, device, out):
 
 def generate(cfg, vae, dit, device, out, how):
     """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns tokens of the first and the last."""
-    none, frame = len(dit.class_names), torch.arange(vae.cfg.frames, device=device).float()
+    none = len(dit.class_names)
     labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
     settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
                     labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step, **how)
@@ -352,7 +362,7 @@ def generate(cfg, vae, dit, device, out, how):
                              cfg.seed * 1_000_003 + first, progress=cfg.n <= cfg.batch)             # (count, N, d)
 
     for first in tqdm(range(store.done, cfg.n, cfg.batch), desc="generating", unit="batch", disable=cfg.n <= cfg.batch):
-        store.add(vae.decode(tokens_of(first, min(cfg.batch, cfg.n - first)), frame).cpu())
+        store.add(play(vae, tokens_of(first, min(cfg.batch, cfg.n - first))))
     store.close(labels)
     videos = load_videos(out / "samples.npz", 64)
     names = [dit.class_names[label] if label < len(dit.class_names) else "video" for label in labels]
@@ -360,10 +370,11 @@ def generate(cfg, vae, dit, device, out, how):
         save_video(out / f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '-', names[i])}.mp4", video, cfg.fps)
     columns = max(1, round(len(videos) ** 0.5))
     save_video(out / "samples.gif", tile(videos, columns, names[:len(videos)]), cfg.fps)
-    cells = [f"frame {t}" if t else name for name in names[:16] for t in range(len(frame))]
-    save_video(out / "samples.png", film_strips(videos[:16], cells[:len(videos) * len(frame)]))
+    cells = [f"frame {t}" if t else name for name in names[:len(videos)][:16] for t in range(videos.shape[1])]
+    save_video(out / "samples.png", film_strips(videos[:16], cells))
     print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
-    return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                    # (2, N, d)
+    if cfg.interp or cfg.time_interp or cfg.extrapolate:
+        return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                # (2, N, d)
 
 
 def interpolate(cfg, vae, device, out, tokens):
@@ -371,7 +382,7 @@ def interpolate(cfg, vae, device, out, tokens):
     a = file_tokens(cfg.video_a, vae, device)[0] if cfg.video_a else tokens[0]
     b = file_tokens(cfg.video_b, vae, device)[0] if cfg.video_b else tokens[-1]
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
-    videos = vae.decode(lam * a + (1 - lam) * b, torch.arange(vae.cfg.frames, device=device).float()).cpu()
+    videos = play(vae, lam * a + (1 - lam) * b)                                     # (9, T, 3, H, W)
     labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
     save_video(out / "interp.gif", tile(videos, 9, labels), cfg.fps)
     cells = [f"frame {t}" if t else label for t in range(videos.shape[1]) for label in labels]
@@ -408,7 +419,7 @@ def predict(cfg, vae, dit, device, out, how):
     noise = noise_for(0, cfg.n, dit.token_mean.shape, cfg.seed).to(device)
     tokens = sample_tokens(dit, cond.expand(cfg.n, -1, -1), noise, how["sampler"], how["sample_steps"], seed=cfg.seed,
                            progress=True)                                           # (n, N, d)
-    videos = vae.decode(tokens, torch.arange(vae.cfg.frames, device=device).float()).cpu()          # (n, T, 3, H, W)
+    videos = play(vae, tokens)                                                      # (n, T, 3, H, W)
     rows = torch.cat([torch.stack([clip, shown]), videos])                          # (2 + n, T, 3, H, W)
     names = ["the video", f"shown: {dit.cfg.condition}", *(f"answer {i}" for i in range(cfg.n))]
     save_video(out / "predict.gif", tile(rows, 6, names), cfg.fps)
@@ -665,7 +676,8 @@ def main(argv=None):
         tokens = generate(cfg, vae, dit, device, out, how)
         if cfg.interp:
             interpolate(cfg, vae, device, out, tokens)
-        render_times(cfg, vae, device, out, tokens)
+        if cfg.time_interp or cfg.extrapolate:
+            render_times(cfg, vae, device, out, tokens)
     return out
 
 
