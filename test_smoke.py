@@ -640,7 +640,7 @@ def test_ema_formula():
 def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
     """Catches unsaved state, and clips or noise that start over: 3 steps, SIGTERM, 3 steps are 6 steps, bit by bit."""
     gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=0, gan_start=1,
-               batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2)
+               batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2, resolution=16)
     module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6})),
                     "gan with workers": (nerv_vae, flags({**TINY, **gan, "steps": 6})),
                     "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 6, "scheduled_sampling": 1.0,
@@ -670,7 +670,8 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
 def test_two_processes_are_one(run, tree, tmp_path, stage):
     """Catches ranks that train on the same clips or noise, BatchNorm over half a batch, gradients that add up."""
     gan = dict(dataset="folder", data_root=tree, gan_weight=1.0, gan_every=1, frames_per_step=0, gan_start=0, steps=5,
-               lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=5e-5, eval_every=5)
+               lpips_weight=0.0, kernel_init=0.1, patch_frames=2, gan_lr_ratio=1.0, workers=0, lr=5e-5, eval_every=5,
+               resolution=16)
     dit = ["--vae", str(run.out / "two/ckpt.pt"), *flags({**TINY_DIT, "steps": 5, "workers": 0})]
     module, words = {"vae": (nerv_vae, flags({**TINY, **gan})), "dit": (nerv_dit, dit)}[stage]
     if stage == "dit":                                  # a tokenizer of the little tree, so that its cache is quick
