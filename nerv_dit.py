@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import build_dataset, condition_video, parse_config, save_video, tile
-from generative_nerv import sinusoids
 from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, all_at_one_step,
                       first_rank_first, guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae,
                       mean_over_ranks, mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint,
-                      update_ema, write_log, writing)
+                      sinusoids, update_ema, write_log, writing)
 
 
 @dataclass(frozen=True)
