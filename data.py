@@ -46,6 +46,7 @@ class Config:
     stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
     resolution: int = 128           # H = W in pixels
     flip: bool = True               # mirror half of the clips
+    in_memory: bool = False         # keep every video that was read, whole and resized: small ones are decoded once
     bench: bool = False             # also measure how fast clips load
     workers: int = 2                # loader processes of the second row
     batch: int = 32                 # B, clips that are copied together
@@ -216,10 +217,10 @@ def read_frames(path, indices, keys=((0, None),)):
     raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem}")
 
 
-def to_clip(frames, resolution):
-    """Shorter side to `resolution` (bilinear, antialiased, whole levels), centre crop, uint8 0..255 to float [-1, 1].
+def shrink(frames, resolution):
+    """Shorter side to `resolution` (bilinear, antialiased, whole levels), centre crop.
 
-    Shapes:  frames (T, H, W, 3) uint8 -> (T, 3, R, R)
+    Shapes:  frames (T, H, W, 3) uint8 -> (T, 3, R, R) uint8
     Source:  choice: the paper names only the size; antialias as LARP, whose protocol the paper follows
     """
     x = torch.from_numpy(frames).permute(0, 3, 1, 2)    # (T, 3, H, W); resized as uint8: float takes 4 times as long
@@ -227,8 +228,12 @@ def to_clip(frames, resolution):
     size = [max(resolution, round(side * resolution / min(h, w))) for side in (h, w)]
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
     top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    x = x[..., top:top + resolution, left:left + resolution]                        # (T, 3, R, R)
-    return (x / 127.5).sub_(1)
+    return x[..., top:top + resolution, left:left + resolution]                     # (T, 3, R, R)
+
+
+def to_clip(frames, resolution):
+    """Shapes: frames (T, H, W, 3) uint8 0..255 -> (T, 3, R, R) float32 in [-1, 1]."""
+    return (shrink(frames, resolution) / 127.5).sub_(1)
 
 
 def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
@@ -271,20 +276,30 @@ class VideoFolder:
             raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; try --split all")
         self.index = [{k: index[str(p.relative_to(root))][k] for k in ("frames", "keys")} for p in self.files]
         self.labels = np.array([self.classes.index(p.parent.name) for p in self.files], dtype=np.int64)
+        self.kept = {}                                  # with cfg.in_memory: video -> all its frames (n, 3, R, R) uint8
 
     def __len__(self):
         return len(self.files)
+
+    def read(self, i, start, stride):
+        """T frames of video i. Shapes: -> (T, 3, R, R) in [-1, 1]. Raises ValueError where it cannot be read."""
+        path, known, c = self.files[i], self.index[i], self.cfg
+        if not c.in_memory:
+            return read_clip(path, start, c.frames, stride, c.resolution, known["keys"])
+        if i not in self.kept:
+            self.kept[i] = shrink(read_frames(path, range(known["frames"])), c.resolution).contiguous()
+        return (self.kept[i][start:start + c.frames * stride:stride] / 127.5).sub_(1)
 
     def __getitem__(self, key):
         i, seed = key
         rng = np.random.default_rng(seed)
         for _ in range(10):                             # a file that broke since the scan must not end a long run
-            cfg, n, keys = self.cfg, self.index[i]["frames"], self.index[i]["keys"]
+            cfg, n = self.cfg, self.index[i]["frames"]
             stride = cfg.stride or (n - 1) // max(cfg.frames - 1, 1)                # 0: evenly over the whole video
             start = rng.integers(n - (cfg.frames - 1) * stride)
             flip = cfg.flip and rng.random() < 0.5
             try:
-                clip = read_clip(self.files[i], int(start), cfg.frames, stride, cfg.resolution, keys)
+                clip = self.read(i, int(start), stride)
                 return clip.flip(-1) if flip else clip, int(self.labels[i])
             except ValueError as error:
                 print(f"skipping: {error}", file=sys.stderr)

@@ -268,7 +268,8 @@ def open_sides(cfg):
             raise SystemExit(f"{spec} is no folder; a side is a samples.npz, a folder of videos, ucf:PATH or toy")
         if kind["frames"] < cfg.frames or kind["resolution"] != cfg.resolution:
             raise SystemExit(f"{spec} has {kind}, which --frames {cfg.frames} --resolution {cfg.resolution} cannot use")
-        wanted = dict(vars(cfg), dataset="toy" if spec == "toy" else "folder", data_root=root, split=split, flip=False)
+        wanted = dict(vars(cfg), dataset="toy" if spec == "toy" else "folder", data_root=root, split=split, flip=False,
+                      in_memory=False)
         wanted["out"] = Path(cfg.out).parent / f"index-{root.name}"
         sides.append(files.get(spec) or build_dataset(SimpleNamespace(**wanted)))
         if min(cfg.n, len(sides[-1].labels)) < 4:

@@ -52,6 +52,7 @@ class Config:
     stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
     resolution: int = 32            # H = W in pixels (paper: 128 and 256)
     flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
+    in_memory: bool = False         # keep every video that was read, whole and resized: small ones are decoded once
     degrade: str = "none"           # none|downsample|blur|inpaint: what the encoder is shown instead (NeRV-Enc Table 8)
     workers: int = 0                # loader processes of each rank; 0 reads in the training process
     # weight tokens and decoder
@@ -117,7 +118,7 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
             "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 46.8M, A.2: 47.6M
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
             "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
-LAPTOP = dict(stride=2, flip=True, workers=1, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4,
+LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4,
               enc_dim=192, lr=1e-3)                               # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
@@ -454,8 +455,8 @@ def load_checkpoint(path, device, made_by):
 
 
 # A run may continue with other values of these; any other change would silently make it another experiment.
-HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "compile", "checkpointing", "data_root",
-            "sampler", "sample_steps", "guidance"}
+HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile", "checkpointing",
+            "data_root", "sampler", "sample_steps", "guidance"}
 
 
 def resume_or_start(cfg, device, made_by):
