@@ -216,7 +216,7 @@ def test_every_denoiser_trains_everywhere(backbone, condition):
 
 
 @pytest.mark.parametrize("assemble", [False, True])
-@pytest.mark.parametrize("kind", ["conv", "transposed", "bilinear"])
+@pytest.mark.parametrize("kind", ["conv", "transposed", "bilinear", "rgb"])
 def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
     """Catches wrong groups, a block at the wrong channels, a norm over the wrong axes: compare with plain loops."""
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
     x, z, conv.assemble = torch.randn(T * B, c_in, 8, 8), torch.randn(B, 6, 8), assemble
     with torch.no_grad():
         conv.bias.normal_()
-        out = conv(x, z).view(T, B, c_out, *(8 if kind == "conv" else 16,) * 2)
+        out = conv(x, z).view(T, B, c_out, *(8 if kind in ("conv", "rgb") else 16,) * 2)
         for b in range(B):
             kernel = conv.shared.clone()
             numbers = [conv.scale * value for token in z[b] for value in conv.head.weight @ token]
