@@ -84,8 +84,9 @@ class Config:
 PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
              ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8,
              log_every=100, eval_every=10_000)
-PRESETS = {"toy": {}, "laptop": dict(clips_per_video=4), "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
-           "nerv_enc": PAPER, "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
+LAPTOP = dict(clips_per_video=4, steps=3000, eval_every=1000)
+PRESETS = {"toy": {}, "laptop": LAPTOP, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER, "nerv_enc": PAPER,
+           "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
 MADE_BY = "python nerv_dit.py"                          # stands in the checkpoint
 
 
@@ -307,7 +308,9 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         raise ValueError("guidance needs a class condition; use --guidance 1")
     schedule = noise_schedule(noise.device)
     times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
-    random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]         # 32 bits count
+    if sampler == "ddpm":                               # drawn before the loop, which then never waits for the CPU
+        random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]     # 32 bits count
+        fresh = torch.stack([torch.randn(steps, *noise.shape[1:], generator=g) for g in random], 1).to(noise.device)
     z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
     if copies == 2:
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])              # (2B,): asked for, then none
@@ -322,8 +325,7 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         last = i == steps - 1
         a2, s2 = (torch.ones_like(a), torch.zeros_like(s)) if last else (c[times[i + 1]] for c in schedule)
         if sampler == "ddpm":
-            fresh = torch.stack([torch.randn(z.shape[1:], generator=g) for g in random]).to(z.device)
-            z = ancestral_step(z, eps, (a, s), (a2, s2), fresh)
+            z = ancestral_step(z, eps, (a, s), (a2, s2), fresh[i])                  # fresh (steps, B, N, d)
         else:
             z = a2 * (z - s * eps) / a + s2 * eps
     return z * model.token_std + model.token_mean

@@ -119,7 +119,7 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
             "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
 LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4,
-              enc_dim=192, lr=1e-3)                               # a folder of real videos at 32 x 32 x 8, on a CPU
+              enc_dim=192, kl_weight=2e-7, steps=10_000, lr=1e-3)   # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
