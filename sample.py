@@ -48,8 +48,8 @@ class Config:
     n: int = 16                     # videos
     classes: str = ""               # names or numbers, separated by commas, taken in turn; empty: all classes in turn
     interp: bool = False            # interpolate the weights of two videos (paper Sec. 4.5.2, Fig. A2)
-    video_a: str = ""               # with --interp: a video file at lambda 1 instead of the first generated video
-    video_b: str = ""               # with --interp: a video file at lambda 0 instead of the last generated video
+    video_a: str = ""               # a video file to interpolate from, or in time, not the first generated video
+    video_b: str = ""               # a video file to interpolate to, not the last generated video
     time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
     extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
@@ -348,7 +348,7 @@ def reconstruct(cfg, vae, device, out):
 
 
 def generate(cfg, vae, dit, device, out, how):
-    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns tokens of the first and the last."""
+    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns the ends of --interp, (2, N, d)."""
     none = len(dit.class_names)
     labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
     settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
@@ -373,14 +373,15 @@ def generate(cfg, vae, dit, device, out, how):
     cells = [f"frame {t}" if t else name for name in names[:len(videos)][:16] for t in range(videos.shape[1])]
     save_video(out / "samples.png", film_strips(videos[:16], cells))
     print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
-    if cfg.interp or cfg.time_interp or cfg.extrapolate:
-        return torch.cat([tokens_of(0, 1), tokens_of(cfg.n - 1, 1)])                # (2, N, d)
+    if cfg.interp or cfg.time_interp or cfg.extrapolate:                            # the two ends of the way
+        pair = [file_tokens(path, vae, device)[0] if path else tokens_of(i, 1)[0]
+                for i, path in ((0, cfg.video_a), (cfg.n - 1, cfg.video_b))]
+        return torch.stack(pair)                                                    # (2, N, d)
 
 
 def interpolate(cfg, vae, device, out, tokens):
     """lambda * a + (1 - lambda) * b on the tokens; kernels go straight, then are normalised (paper Sec. 4.5.2)."""
-    a = file_tokens(cfg.video_a, vae, device)[0] if cfg.video_a else tokens[0]
-    b = file_tokens(cfg.video_b, vae, device)[0] if cfg.video_b else tokens[-1]
+    a, b = tokens
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
     videos = play(vae, lam * a + (1 - lam) * b)                                     # (9, T, 3, H, W)
     labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
@@ -436,8 +437,9 @@ def compress(cfg, vae, device, out):
     c, path, used = vae.cfg, out / (Path(cfg.compress).stem + ".nerv"), vae.decoder.used    # used (N, d): all, mostly
     about = dict(vae_sha256=vae.sha256, frames=c.frames, resolution=c.resolution)
     blobs = {bits: pack_tokens(tokens[used], bits, **about) for bits in (4, 5, 6, 7, 8, 32)}
-    stored = [torch.zeros_like(tokens).masked_scatter(used, unpack_tokens(blob)[1].to(device)) for blob in blobs.values()]
-    videos = play(vae, torch.stack(stored))                                         # (6, T, 3, H, W)
+    stored = torch.zeros(len(blobs), *used.shape, device=device)                    # (6, N, d)
+    stored[:, used] = torch.stack([unpack_tokens(blob)[1] for blob in blobs.values()]).to(device)
+    videos = play(vae, stored)                                                      # (6, T, 3, H, W)
     each = 10 * torch.log10(4 / (videos - clip).square().mean((2, 3, 4)).clamp(min=1e-12))          # (6, T)
     psnr = dict(zip(blobs, each.mean(1).tolist()))
     part = path.with_suffix(".part")
