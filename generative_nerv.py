@@ -319,10 +319,12 @@ class PlainNeRV(nn.Module):
         self.cfg = decoder.cfg
         self.layers = decoder.layers
         self.convs = nn.ModuleList(PlainConv2d(conv, tokens) for conv in decoder.convs)
+        self.to(memory_format=torch.channels_last)      # no groups here: the layout that dense convolutions are best at
 
     def forward(self, frame):
         c = self.cfg
         x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
+        x = x.contiguous(memory_format=torch.channels_last)
         return render(self.layers, self.convs, x[:, :self.layers[0].c_in], c.side)
 
 

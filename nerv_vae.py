@@ -16,10 +16,12 @@ It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (on
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
 """
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -128,6 +130,7 @@ MADE_BY = "python nerv_vae.py"                                    # stands in th
 # ---------------------------------------------------------------------------------------------- several processes
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says; else alone
+LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None            # the allocator of most Linux systems
 
 
 def pick_device():
@@ -135,6 +138,9 @@ def pick_device():
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
+    if LIBC and not cuda:                               # keep freed memory: a page taken anew costs a fault, every step
+        LIBC.mallopt(-4, 0)                             # M_MMAP_MAX: no mapping of its own for a large tensor
+        LIBC.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: nothing is given back
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if WORLD > 1 and not dist.is_initialized():
         if cuda:

@@ -513,6 +513,8 @@ def peak_memory(device, reset=False):
         return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
     try:
         if reset:
+            if nerv_vae.LIBC:
+                nerv_vae.LIBC.malloc_trim(0)            # pick_device told it to keep what is freed
             return Path("/proc/self/clear_refs").write_text("5")                    # VmHWM falls to what is in use now
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     except OSError:
@@ -535,9 +537,10 @@ def measure(call, device, budget):
 def bench(cfg, device, out, c, dc):
     """Time every part at the sizes of c (stage 1) and dc (stage 2) with random weights, against this machine's ceiling.
 
-    The ceiling is the larger of two times: operations at the rate of one large matrix product, and bytes at the rate of
-    one large copy, both timed here. The bytes are those that no program can avoid: weights, input and output once (9
-    times the weights in a training step: two passes, gradients, AdamW). Memory is what comes on top of an idle process.
+    The ceiling is the larger of two times: operations at the rate of one large matrix product (the better of two
+    libraries' forms), and bytes at the rate of one large copy, all timed here. The bytes are those that no program can
+    avoid: weights, input and output once (9 times the weights in a training step: two passes, gradients, AdamW). Memory
+    is what comes on top of an idle process.
     Source: paper Tables A2, A3, E.16. No LPIPS, no GAN; bfloat16 autocast and torch.compile on CUDA only
     """
     gpu, B, up, rows = device.type == "cuda", cfg.batch, c.resolution // c.pe_size, []
@@ -546,13 +549,17 @@ def bench(cfg, device, out, c, dc):
     peak_memory(device, reset=True)
     idle, size = peak_memory(device), lambda module: sum(p.numel() for p in module.parameters())
     x, y = torch.randn(2, n, n, device=device, dtype=dtype)
-    matmul = 2 * n ** 3 / min(measure(lambda: x @ y, device, 3)[1])                 # FLOP/s
+    product = 2 * n ** 3 / min(measure(lambda: x @ y, device, 3)[1])                # FLOP/s
+    x = x.view(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)     # the same product as a 1 x 1
+    y = y.view(n, n, 1, 1).contiguous(memory_format=torch.channels_last)            # convolution: another library's
+    conv = 2 * n ** 3 / min(measure(lambda: torch.conv2d(x, y), device, 3)[1])
+    matmul = max(product, conv)
     x, y = torch.zeros(2, 2 ** 28 if gpu else 2 ** 26, device=device)
     copy = 8 * x.numel() / min(measure(lambda: x.copy_(y), device, 3)[1])           # bytes/s, read and written
     del x, y
     machine = dict(device=torch.cuda.get_device_name() if gpu else "CPU", threads=torch.get_num_threads(), batch=B,
                    model=c.model, resolution=c.resolution, dtype=str(dtype), torch=torch.__version__,
-                   matmul_tflop_per_s=matmul / 1e12, copy_gb_per_s=copy / 1e9)
+                   matmul_tflop_per_s=product / 1e12, conv1x1_tflop_per_s=conv / 1e12, copy_gb_per_s=copy / 1e9)
     print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()))
     print(f"{'':<42}  params M tokens     TFLOP   latency s  compile s  peak GB  share  calls")
 
@@ -588,9 +595,12 @@ def bench(cfg, device, out, c, dc):
         net = vae.decoder.instantiate(z[0])
         fast, own = compiled(net), sum(b.numel() for b in net.buffers())            # own: without the affine heads
         row("decode", lambda: decode(z, frame), B * clip, one, B * pixels)
-        row("decode one clip, instantiated", lambda: fast(frame), clip, own, pixels)
+        # One frame at a time on a CPU, whose caches then hold the feature maps; all at once on a GPU.
+        row("decode one clip, instantiated", lambda: [fast(f) for f in frame.split(c.frames if gpu else 1)], clip, own,
+            pixels)
         if 720 % up == 0:                               # convolutions do not mind the grid: at 128, 45 x 80 cells of 16
             x = positional_embedding(frame[:1], 1280 // up, c.pe_dim, c.pe_base)[:, :, :720 // up]  # (1, 48, 45, 80)
+            x = x.contiguous(memory_format=torch.channels_last)
             row("one frame of 1280 x 720, instantiated", lambda: render(net.layers, net.convs, x, c.side),
                 clip / c.frames * 1280 * 720 / c.resolution ** 2, own, 12 * 1280 * 720)
         row("encode", lambda: encode(video), B * encoder_flops(c), size(vae.encoder), B * pixels)
