@@ -149,7 +149,8 @@ class ModulatedConv2d(nn.Module):
     No kernel is built per video in a batch, only the block that differs. With W the shared kernel, outputs inside the
     block are  scale * (conv_per_video(x[:, :gen_in], block) + conv(x[:, gen_in:], W[:gen_out, gen_in:])) + bias
     and all others  scale * conv(x, W[gen_out:]) + bias: exact, no product in vain, and most of the work is one dense
-    convolution over all videos and frames. (Kernels of 64 x 64 channels or fewer are built all the same: faster there.)
+    convolution over all videos and frames. Two kinds of kernels are built all the same, as that measured faster: those
+    of 64 x 64 channels or fewer, and 3 x 3 ones with at most half as many numbers as the feature map that they make.
 
     `rows` and `columns` say which tokens a layer reads and how much of each: all, but for --reuse none and NeRV-Enc.
 
@@ -165,8 +166,9 @@ class ModulatedConv2d(nn.Module):
         self.layer, self.mode, self.rows, self.columns = layer, cfg.parameterization, rows, columns
         self.rank = 10                                  # of fmm's low-rank factors (choice: as DIGAN)
         self.expand, self.normalize = cfg.expand, cfg.normalize
-        self.assemble = self.mode != "channel" or layer.c_in * layer.c_out <= 64 * 64 or not cfg.normalize
         kind, c_in, c_out, k, size, go, gi, *_ = layer
+        light = c_in * c_out <= 64 * 64 or kind == "conv" and 2 * c_in * k * k <= (size // layer.shuffle) ** 2
+        self.assemble = self.mode != "channel" or not cfg.normalize or light
         # Normalisation removes the scale of a kernel; its initial size only sets how fast Adam's equal steps turn it.
         start = torch.randn(c_out, c_in, k, k)
         self.shared = nn.Parameter(cfg.kernel_init * (start if cfg.conv_init else start.sign()))

@@ -245,7 +245,6 @@ def min_snr_weight(snr, gamma):
     """Loss weight of a noise prediction: min(SNR, gamma) / SNR, and 1 for gamma 0. Shapes: any -> the same, in (0, 1].
 
     Units:  SNR = alpha^2 / sigma^2, large near the data
-
     Source: paper Sec. 3.3 prints min(SNR, gamma), which weighs a prediction of the data; A.1 says it is adjusted for
             predicting the noise, which divides it by SNR. Taken literally on noise it would favour the clean end.
     """
