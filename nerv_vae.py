@@ -64,7 +64,7 @@ class Config:
     gen_channels: int = 8           # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
     pe_size: int = 8                # height and width of the positional input (paper Table 2c: 8 is best)
     pe_dim: int = 16                # sinusoids for each of time, height and width (paper A.2)
-    pe_base: float = 30.0           # sinusoids turn once in 2 pi up to nearly 2 pi * this many frames (choice: 10000)
+    pe_base: float = 10.0           # the slowest sinusoid is nearly this many times slower than the fastest (choice)
     parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter a kernel (paper Table 2a)
     reuse: str = "heads"            # heads|direct|none: how layers share the tokens (paper Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
@@ -112,7 +112,7 @@ class Config:
 
 
 PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
-             pe_base=10000.0, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
+             kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
              kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4,
              warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
 NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
@@ -121,7 +121,7 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
             "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
 LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4,
-              enc_dim=192, kl_weight=2e-7, steps=10_000, lr=1e-3)   # a folder of real videos at 32 x 32 x 8, on a CPU
+              enc_dim=192, kl_weight=5e-7, steps=14_000, lr=1e-3)   # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint

@@ -78,7 +78,7 @@ def test_shapes_and_ranges_are_as_documented():
     recon = model.decode(mean, torch.tensor([0.0, 2.5, 9.0]))                       # a subset, fractional, beyond
     assert recon.shape == (3, 3, 3, 32, 32) and recon.abs().max() <= 1
     assert nerv_vae.Discriminator(cfg)(video.transpose(1, 2)).shape == (3,)
-    assert generative_nerv.positional_embedding(torch.arange(5.0), 8, 16).shape == (5, 48, 8, 8)
+    assert generative_nerv.positional_embedding(torch.arange(5.0), 8, 16, 10.0).shape == (5, 48, 8, 8)
     dit = nerv_dit.DiT(nerv_dit.Config(**TINY_DIT), 6, 8, classes=5)
     assert dit(mean, torch.tensor([0, 5, 999]), torch.tensor([0, 4, 5])).shape == mean.shape
 
@@ -89,6 +89,16 @@ def test_frames_decode_independently():
     whole = model(z, torch.arange(4.0))
     torch.testing.assert_close(model(z, torch.tensor([3.0, 1.0])), whole[:, [3, 1]], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(z.flip(0), torch.arange(4.0)), whole.flip(0), rtol=1e-4, atol=1e-5)
+
+
+def test_cells_are_told_apart():
+    """Catches time, height and width that change places, and cells that look alike, as at 1 radian from one to the next."""
+    place, sign = generative_nerv.positional_embedding(torch.tensor([0.0, 0.5]), 8, 16, 10.0), (-1.0) ** torch.arange(8)
+    torch.testing.assert_close(place[1, 0], torch.full((8, 8), math.sin(0.5)))      # time: 1 radian a frame
+    torch.testing.assert_close(place[0, 24], sign[:, None].expand(8, 8))            # height: half a turn a cell
+    torch.testing.assert_close(place[1, 40], sign.expand(8, 8))
+    for axis in (place[0, 16:32, :, 3], place[0, 32:, 3]):                          # (16, 8): full rank, by far
+        assert (spread := torch.linalg.svdvals(axis))[7] > 0.4 * spread[0]
 
 
 def test_queries_are_the_last_tokens():
