@@ -380,8 +380,8 @@ def kl_divergence(mean, logvar):
 
 
 def psnr_from_mse(mse):
-    """Peak signal-to-noise ratio in dB from a squared error of pixels in [-1, 1], whose peak-to-peak is 2."""
-    return 10 * math.log10(4 / max(float(mse), 1e-12))
+    """Peak signal-to-noise ratio in dB from squared errors of pixels in [-1, 1], whose peak-to-peak is 2; any shape."""
+    return 10 * torch.log10(4 / torch.as_tensor(mse).clamp(min=1e-12))
 
 
 def critic_loss(critic, real, fake, r1_weight):
@@ -635,8 +635,7 @@ def evaluate(model, clips, picture):
         columns = min(8, len(clips))
         labels = [name for name in rows for _ in range(columns)]
         save_video(picture, tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels))
-    psnr = [10 * torch.log10(4 / (x - clips).square().mean((2, 3, 4)).clamp(min=1e-12)) for x in (recon, seen)]
-    return [float(x.mean()) for x in psnr]
+    return [float(psnr_from_mse((x - clips).square().mean((2, 3, 4))).mean()) for x in (recon, seen)]
 
 
 def train(cfg):
@@ -742,7 +741,7 @@ def train(cfg):
             row = dict(step=step, **mean_over_ranks(terms), skipped=int(bad[0] + bad_d[0]),
                        lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
-            row["psnr"] = psnr_from_mse(row["mse"])
+            row["psnr"] = float(psnr_from_mse(row["mse"]))
             if bad[1] >= 10:
                 raise SystemExit(not_finite(row, bad, names_of(clips, batch_keys(clips, cfg, step - 1))))
             if step % cfg.eval_every == 0 or step == cfg.steps:

@@ -5,6 +5,7 @@
     python sample.py --time-interp 8            # and 8 frames for every trained one
     python sample.py --extrapolate              # and as many frames again beyond the last trained one
     python sample.py --n 2048 --out out/eval    # for fvd.py; stopped and started again, it goes on
+    python sample.py --overview                 # and some clips over their reconstructions over generated ones
     python sample.py --reconstruct --n 256      # original.npz and reconstruction.npz of held-out clips, for fvd.py
     python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge)
     python sample.py --interp --video-a a.mp4 --video-b b.mp4       # between two real videos
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import nerv_dit
@@ -37,7 +39,7 @@ from data import (build_dataset, condition_video, count_frames, degrade, parse_c
                   to_uint8)
 from generative_nerv import GenerativeNeRV, flops, positional_embedding, render
 from nerv_dit import file_hash, load_dit, sample_tokens
-from nerv_vae import load_vae, pick_device, save_checkpoint
+from nerv_vae import load_vae, pick_device, psnr_from_mse, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Config:
     video_b: str = ""               # a video file to interpolate to, not the last generated video
     time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
     extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
+    overview: bool = False          # clips over their reconstructions over generated ones of the same classes
     reconstruct: bool = False       # encode and decode n held-out clips instead of generating
     predict: str = ""               # a video file to continue, animate or redraw (Sec. 4.3, E.7)
     compress: str = ""              # a video file whose first clip becomes a .nerv file (NeRV-Enc A.4)
@@ -318,23 +321,41 @@ def read_nerv(path):
 
 # ---------------------------------------------------------------------------------------------- what the flags do
 
-def reconstruct(cfg, vae, device, out):
-    """Originals and reconstructions of clips that did not train, as a pair of .npz; prints PSNR."""
+def unseen_clips(vae):
+    """The clips kept out of training, else those that trained, and what to call them."""
     clips = build_dataset(vae.cfg, held_out=True)
-    which = "held-out"
-    if not len(clips):
-        clips, which = build_dataset(vae.cfg), "training (nothing was held out: --split all)"
+    return (clips, "held-out") if len(clips) else (build_dataset(vae.cfg), "training (--split all held nothing out)")
+
+
+def thumbnails(video, floats):
+    """What as many numbers as the tokens keep without any network: smaller copies, enlarged again.
+
+    For each number of frames t up to T, means over boxes of space and time, t x r x r with the largest r that fits;
+    then back by trilinear interpolation. t = 1 is the mean frame.
+    Shapes: video (k, T, 3, R, R) -> {"t x r x r": (k, T, 3, R, R)}
+    """
+    T, R, x = video.shape[1], video.shape[-1], video.transpose(1, 2)                # (k, 3, T, R, R)
+    sides = {t: min(R, math.isqrt(floats // (3 * t))) for t in range(1, T + 1)}
+    small = {(t, r): F.adaptive_avg_pool3d(x, (t, r, r)) for t, r in sides.items() if r}            # (k, 3, t, r, r)
+    return {f"{t} x {r} x {r}": F.interpolate(thumb, x.shape[2:], mode="trilinear").transpose(1, 2)
+            for (t, r), thumb in small.items()}
+
+
+def reconstruct(cfg, vae, device, out):
+    """Originals and reconstructions of clips that did not train, as a pair of .npz; prints PSNR beside trivial codes."""
+    clips, which = unseen_clips(vae)
     order = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]
     kinds, shape = ("original", "reconstruction"), (len(order), *clip_shape(vae))
     settings = dict(clip_settings(vae), pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, seed=cfg.seed)
     stores = [VideoStore(out / f"{kind}.npz", shape, dict(kind=kind, **settings)) for kind in kinds]
-    labels, psnr, done = [int(clips.labels[i]) for i in order], [], min(store.done for store in stores)
+    labels, psnr, done = [int(clips.labels[i]) for i in order], {}, min(store.done for store in stores)
     for store in stores:
         store.done = done
     for first in tqdm(range(done, len(order), cfg.batch), desc="reconstructing", unit="batch"):
         video = torch.stack([clips[int(i), int(i)][0] for i in order[first:first + cfg.batch]])     # (k, T, 3, H, W)
         recon = play(vae, vae.encode(degrade(video.to(device), vae.cfg.degrade))[0])                # (k, T, 3, H, W)
-        psnr += (10 * torch.log10(4 / (recon - video).square().mean((2, 3, 4)).clamp(min=1e-12))).mean(1).tolist()
+        for name, code in dict(tokens=recon, **thumbnails(video, vae.decoder.used.sum().item())).items():
+            psnr.setdefault(name, []).extend(psnr_from_mse((code - video).square().mean((2, 3, 4))).mean(1).tolist())
         stores[0].add(video)
         stores[1].add(recon)
     for store in stores:
@@ -343,7 +364,10 @@ def reconstruct(cfg, vae, device, out):
     labels = [name for name in (*kinds, "difference") for _ in a]
     save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a), labels), cfg.fps)
     if psnr:
-        print(f"{len(psnr)} {which} clips: PSNR {np.mean(psnr):.2f} dB (mean over frames, then clips)")
+        mean = {name: float(np.mean(values)) for name, values in psnr.items()}
+        still, best = list(mean)[1], max(list(mean)[1:], key=mean.get)
+        print(f"{len(psnr['tokens'])} {which} clips: PSNR {mean['tokens']:.2f} dB (mean over frames, then clips); trivial "
+              f"codes of as many numbers: mean frame ({still}) {mean[still]:.2f} dB, thumbnail ({best}) {mean[best]:.2f} dB")
     print(f"wrote {out}/original.npz, reconstruction.npz and reconstruction.gif (original, reconstruction, difference)")
 
 
@@ -379,34 +403,59 @@ def generate(cfg, vae, dit, device, out, how):
         return torch.stack(pair)                                                    # (2, N, d)
 
 
+def overview(cfg, vae, dit, device, out):
+    """One picture: clips, their reconstructions, and the generated videos of the same classes."""
+    clips, _ = unseen_clips(vae)
+    made = load_videos(out / "samples.npz", 8)                                      # (8, T, 3, H, W), or fewer
+    drawn = np.load(out / "samples.npz")["labels"][:len(made)].tolist()
+    first = [np.flatnonzero(clips.labels == label) for label in drawn]
+    real = torch.stack([clips[int(at[0]) if len(at) else i, i][0] for i, at in enumerate(first)])   # (8, T, 3, H, W)
+    recon = play(vae, vae.encode(real.to(device))[0])                               # (8, T, 3, H, W)
+    names = [(dit.class_names + ["video"])[label] for label in drawn]
+    labels = [*names, *["reconstruction"] * len(made), *["generated"] * len(made)]
+    save_video(out / "overview.gif", tile(torch.cat([real, recon, made]), len(made), labels), cfg.fps)
+    print(f"wrote {out}/overview.gif: clips over their reconstructions over generated videos of the same classes")
+
+
 def interpolate(cfg, vae, device, out, tokens):
-    """lambda * a + (1 - lambda) * b on the tokens; kernels go straight, then are normalised (paper Sec. 4.5.2)."""
+    """lambda * a + (1 - lambda) * b on the tokens; kernels go straight, then are normalised (paper Sec. 4.5.2).
+
+    Writes interp.gif and interp.png; returns the latter's sheet, (1, 3, H', W').
+    """
     a, b = tokens
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
     videos = play(vae, lam * a + (1 - lam) * b)                                     # (9, T, 3, H, W)
     labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
     save_video(out / "interp.gif", tile(videos, 9, labels), cfg.fps)
     cells = [f"frame {t}" if t else label for t in range(videos.shape[1]) for label in labels]
-    save_video(out / "interp.png", film_strips(videos.transpose(0, 1), cells))      # (T, 9, ...): time down
+    sheet = film_strips(videos.transpose(0, 1), cells)                              # (T, 9, ...): time down
+    save_video(out / "interp.png", sheet)
     print(f"wrote {out}/interp.gif and interp.png: lambda 1 ... 0 from left to right, time down")
+    return sheet
 
 
 def render_times(cfg, vae, device, out, tokens):
-    """The same weights asked for frames between and beyond the trained ones (paper Sec. 4.5.1, B)."""
-    T, net = vae.cfg.frames, vae.decoder.instantiate(tokens[0])
+    """The same weights asked for frames between and beyond the trained ones (paper Sec. 4.5.1, B).
+
+    Writes gifs and pngs; returns time_interp.png's sheet, (1, 3, H', W'), if it was asked for.
+    """
+    T, net, sheet = vae.cfg.frames, vae.decoder.instantiate(tokens[0]), None
     if cfg.time_interp:
         frame = torch.arange(T * cfg.time_interp, device=device) / cfg.time_interp                  # 0, 1/8, .. T - 1/8
         video = net(frame).cpu()                                                    # (8T, 3, H, W)
         save_video(out / "time_interp.gif", video, cfg.fps * cfg.time_interp)
-        labels = [f"t = {t:.3g}" for t in frame[:4 * cfg.time_interp].tolist()]
-        save_video(out / "time_interp.png", tile(video[:len(labels), None], cfg.time_interp, labels))
-        print(f"wrote {out}/time_interp.gif and .png: {len(frame)} frames from {T}, {cfg.time_interp} a row in the png")
+        rows = torch.arange(min(4, T - 1))[:, None] * cfg.time_interp + torch.arange(cfg.time_interp + 1)
+        labels = [f"t = {t:.3g}" for t in frame.cpu()[rows.flatten()].tolist()]
+        sheet = tile(video[rows.flatten(), None], cfg.time_interp + 1, labels)
+        save_video(out / "time_interp.png", sheet)
+        print(f"wrote {out}/time_interp.gif, {len(frame)} frames from {T}, and .png: from a trained frame to the next")
     if cfg.extrapolate:
         video = net(torch.arange(2 * T, device=device).float()).cpu()               # (2T, 3, H, W)
         save_video(out / "extrapolate.gif", video, cfg.fps)
         labels = [f"frame {t}" + " (new)" * (t >= T) for t in range(2 * T)]
         save_video(out / "extrapolate.png", film_strips(video[None], labels))
         print(f"wrote {out}/extrapolate.gif and .png: frames 0..{T - 1} are trained, {T}..{2 * T - 1} are not")
+    return sheet
 
 
 def predict(cfg, vae, dit, device, out, how):
@@ -440,7 +489,7 @@ def compress(cfg, vae, device, out):
     stored = torch.zeros(len(blobs), *used.shape, device=device)                    # (6, N, d)
     stored[:, used] = torch.stack([unpack_tokens(blob)[1] for blob in blobs.values()]).to(device)
     videos = play(vae, stored)                                                      # (6, T, 3, H, W)
-    each = 10 * torch.log10(4 / (videos - clip).square().mean((2, 3, 4)).clamp(min=1e-12))          # (6, T)
+    each = psnr_from_mse((videos - clip).square().mean((2, 3, 4)))                  # (6, T)
     psnr = dict(zip(blobs, each.mean(1).tolist()))
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
@@ -689,10 +738,16 @@ def main(argv=None):
         if dit.by_tokens:
             raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; it needs --predict VIDEO")
         tokens = generate(cfg, vae, dit, device, out, how)
-        if cfg.interp:
-            interpolate(cfg, vae, device, out, tokens)
+        if cfg.overview:
+            overview(cfg, vae, dit, device, out)
+        sheets = [interpolate(cfg, vae, device, out, tokens)] if cfg.interp else []
         if cfg.time_interp or cfg.extrapolate:
-            render_times(cfg, vae, device, out, tokens)
+            sheets.append(render_times(cfg, vae, device, out, tokens))
+        if cfg.interp and cfg.time_interp:              # weights above, time below
+            widest = max(sheet.shape[-1] for sheet in sheets)
+            sheets = [F.pad(sheet, (0, widest - sheet.shape[-1]), value=1) for sheet in sheets]
+            save_video(out / "interpolation.png", torch.cat(sheets, 2))
+            print(f"wrote {out}/interpolation.png: both on one sheet")
     return out
 
 

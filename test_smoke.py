@@ -1167,14 +1167,43 @@ def test_bench_runs(tmp_path, monkeypatch, capsys):
 def test_readme_commands(run, tmp_path):
     """Catches a stage that cannot read what the one before it wrote, and output files that are not there."""
     out = sample.main(["--dit", str(run.dit), "--out", str(tmp_path), "--n", "5", "--batch", "3", "--interp",
-                       "--time-interp", "3", "--extrapolate"])
+                       "--time-interp", "3", "--extrapolate", "--overview"])
     with np.load(out / "samples.npz") as file:
         assert file["videos"].shape == (5, 4, 32, 32, 3) and file["videos"].dtype == np.uint8
         assert file["labels"].tolist() == [0, 1, 2, 3, 4]
         assert json.loads(str(file["settings"]))["sample_steps"] == 3
-    for name in ("samples.gif", "samples.png", "interp.gif", "interp.png", "time_interp.gif", "extrapolate.png"):
+    for name in ("samples.gif", "samples.png", "interp.gif", "interp.png", "time_interp.gif", "extrapolate.png",
+                 "overview.gif", "interpolation.png"):
         assert (out / name).stat().st_size > 100
     assert len(list(out.glob("*.mp4"))) == 5 and data.count_frames(out / "time_interp.gif") == 12
+
+
+def test_overview_rows_belong_together(run, tmp_path, monkeypatch):
+    """Catches a clip above another clip's reconstruction, or above a generated video of another class."""
+    sheets, keep = [], sample.tile
+    monkeypatch.setattr(sample, "tile", lambda videos, *rest: sheets.append((videos, rest)) or keep(videos, *rest))
+    words = ["--n", "3", "--classes", "4,0,4", "--overview", "--out", str(tmp_path)]
+    out, vae = sample.main(["--dit", str(run.dit), *words]), nerv_vae.load_vae(run.vae, "cpu")
+    videos, (columns, names) = sheets[-1]                                           # (9, T, 3, H, W): three rows
+    clips = data.build_dataset(vae.cfg, held_out=True)
+    assert columns == 3 and names[:3] == [vae.classes[i] for i in (4, 0, 4)]
+    for video, label in zip(videos[:3], (4, 0, 4)):
+        first = next(i for i, other in enumerate(clips.labels) if other == label)
+        assert any(torch.equal(video, clips[first, seed][0]) for seed in range(3))
+    recon = vae.decode(vae.encode(videos[:3])[0], torch.arange(4.0))
+    torch.testing.assert_close(videos[3:6], recon, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(data.to_uint8(videos[6:]), np.load(out / "samples.npz")["videos"])
+
+
+def test_thumbnails_fit_into_as_many_numbers():
+    """Catches a yardstick with more numbers than the tokens have, or one that is blurrier than it has to be."""
+    video = torch.rand(2, 4, 3, 8, 8) * 2 - 1
+    codes = sample.thumbnails(video, 3 * 8 * 8)
+    assert list(codes) == ["1 x 8 x 8", "2 x 5 x 5", "3 x 4 x 4", "4 x 4 x 4"]
+    torch.testing.assert_close(codes["1 x 8 x 8"], video.mean(1, keepdim=True).expand_as(video))
+    blocks = video.unflatten(4, (4, 2)).unflatten(3, (4, 2)).mean((4, 6))           # (2, 4, 3, 4, 4)
+    enlarged = F.interpolate(blocks.flatten(0, 1), 8, mode="bilinear").view_as(video)
+    torch.testing.assert_close(codes["4 x 4 x 4"], enlarged)
 
 
 def test_exported_weights_sample_alike(run, tmp_path):
