@@ -92,7 +92,7 @@ class Config:
     r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
     # optimisation
     batch: int = 8                  # B, clips per step (paper E.17: 32)
-    steps: int = 5000               # optimizer steps (paper A.1: 2M)
+    steps: int = 4000               # optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
