@@ -337,6 +337,8 @@ def scan(files, root, index_path):
     return fresh
 
 
+# ---------------------------------------------------------------------------------------------- which clips train
+
 def split_groups(split):
     """The groups 1..25 that train: all | train (8-25) | test (1-7), as UCF-101's split 1, or a list like 1-19,23."""
     named = {"all": "1-25", "train": "8-25", "test": "1-7"}.get(split, split)
@@ -364,7 +366,7 @@ def condition_video(video, kind, given=5):
 
     Shapes:  video (..., T, 3, R, R) -> the same; kind frames|image|edge
     Source:  paper Sec. 4.3: the first 5 frames, then the 5th repeated. Image: the first frame repeated, edge: Sobel
-             magnitude of every frame (choice: Sec. E.7 names the tasks only)
+             magnitude of every frame (choice: E.7 does not say how they are made)
     """
     if kind == "edge":
         grey = video.mean(-3, keepdim=True)                                         # (..., T, 1, R, R)
@@ -400,6 +402,17 @@ def degrade(video, kind):
         hidden = (cell[:, None] * 2 + cell) % 7 == 0                                # (R, R): a knight's move apart
         flat = flat.masked_fill(hidden, 0.0)
     return flat.view_as(video)
+
+
+def load_lpips(name, device):
+    """LPIPS (arXiv 1801.03924), frozen; the loss of stage 1 and a measurement of fvd.py. SystemExit without weights."""
+    import lpips                                        # takes seconds, and most runs do not need it
+    try:
+        return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"no {name} weights for LPIPS ({error}): put torchvision's file into "
+                         f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or do without it (stage "
+                         "1: --lpips-weight 0; fvd.py: --lpips-net none)") from error
 
 
 # ---------------------------------------------------------------------------------------------- pictures

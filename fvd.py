@@ -3,7 +3,7 @@
     python fvd.py --real ucf:UCF-101 --fake samples.npz                  # FVD at 2048 clips a side
     python fvd.py --real original.npz --fake reconstruction.npz          # rFVD, PSNR, SSIM, LPIPS, fLPIPS, flickering
     python fvd.py --real toy --fake samples.npz --features random        # offline: FD-random, which is not FVD
-    python fvd.py --tokens out/dit/tokens-KEY.npy                        # is the latent Gaussian, alive, local?
+    python fvd.py --tokens out/dit/tokens-KEY.npy                        # is the latent Gaussian, dead, clustered?
 
 Both sides go one way: clips, rounded to bytes -> network -> features (n, d), kept -> every statistic of them.
 Letters: B videos (B, T, 3, R, R) in [-1, 1], T frames, R = H = W pixels, n and m clips of a side, d features of a clip.
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import build_dataset, parse_config, save_video, tile
+from data import build_dataset, load_lpips, parse_config, save_video, tile
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config:
     bias_curve: bool = False        # the distance at n, n/2, n/4 .. clips of each side
     nearest: int = 0                # this many fake clips over their nearest real ones, in a png beside --out
     paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for sample.py --reconstruct's pair
-    lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: LPIPS, and fLPIPS of each side; auto: alex for a pair
+    lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: of LPIPS, fLPIPS; auto: alex for a pair (choice)
     action_similarity: int = 0      # window in frames: cosine between the features of a long clip's windows
     tokens: str = ""                # token cache of nerv_dit.py, tokens-KEY.npy: statistics of the latent
     batch: int = 16                 # B, clips that go through a network at a time
@@ -133,16 +133,6 @@ def lpips_distance(a, b, net):
     return net(a.flatten(0, -4), b.flatten(0, -4)).view(a.shape[:-3])
 
 
-def load_lpips(name, device):
-    """LPIPS (arXiv 1801.03924); SystemExit without weights. Choice: alex for results, its scale fits paper Table A4."""
-    import lpips                                        # takes seconds, and most runs do not need it
-    try:
-        return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"no {name} weights for LPIPS ({error}): put torchvision's file into "
-                         f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or none") from error
-
-
 def check_pair(a, b):
     """ValueError where two videos cannot be compared pixel by pixel: other shapes, or values outside [-1, 1]."""
     peak = torch.maximum(a.abs().max(), b.abs().max()).item()
@@ -209,11 +199,11 @@ def random_features(video):
 def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
-    Source:  paper Table A10. Choice: windows overlap by half; departs: the features of --features, not C3D's
+    Source:  paper E.6, Table A10. Departs: windows overlap by half, E.6 takes all; features of --features, not C3D's
     """
     parts = video.unfold(1, window, max(1, window // 2)).unbind(1)                  # w of (B, 3, R, R, window)
     f = torch.stack([F.normalize(features(part.movedim(-1, 1)), dim=-1) for part in parts])         # (w, B, d)
-    return (f.sum(0).square().sum(-1, keepdim=True) - len(f)) / (len(f) * (len(f) - 1))             # the sum has w ones
+    return (f.sum(0).square().sum(-1, keepdim=True) - len(f)) / (len(f) * (len(f) - 1))     # |sum of f|^2 = w + cosines
 
 
 # ---------------------------------------------------------------------------------------------- the two sides
@@ -441,7 +431,7 @@ def compare(cfg):
         rows[key] = value.mean().item(), f"mean over the frames of {len(value)} pairs; {notes.get(key, 'no network')}"
     if name == "FVD":
         black, white = (network(torch.full((1, 30, 3, 64, 64), value, device=device)) for value in (-1.0, 1.0))
-        rows["I3D check"] = (black - white).square().sum().item(), "FVD of black against white clips: 151.26 elsewhere"
+        rows["I3D check"] = (black - white).square().sum().item(), "black against white; 151.26 elsewhere"
     if cfg.nearest:
         rows.update(nearest_rows(real, fake, found, cfg))
 

@@ -10,7 +10,11 @@ Letters: B videos, T frames, N weight tokens, d channels a token, D hidden width
 Ranges:  tokens ~ N(0, 1). `frame` is the frame index on the training grid, a float: 0 is the first trained frame,
          T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
 A feature map is laid out time-major, (T * B, c, H, W), so that "one group per video" is a view and not a copy.
-`cfg` is nerv_vae.Config; its lines under "weight tokens and decoder" explain every field used here.
+`cfg` is nerv_vae.Config; its lines under "weight tokens and decoder" explain every field used here. The default modes
+are the paper's method, all others ablations, to be skipped at first. How tokens enter a kernel: "channel" adds to a
+block of it, "fmm" (factorized multiplicative modulation) multiplies it with a low-rank factor, "repeat" is NeRV-Enc's:
+each number multiplies four entries. reuse "heads": every layer has a head and reads all tokens; "direct": one head for
+all layers; "none": each layer has tokens of its own.
 """
 import argparse
 import math
@@ -35,19 +39,20 @@ class Layer(NamedTuple):
     size: int           # H = W of the output
     gen_out: int        # the block W[:gen_out, :gen_in] is generated
     gen_in: int
-    block: int          # which up-sampling block the layer belongs to; -1 is the stem, the last + 1 toRGB
+    level: int          # which doubling of the size it belongs to (the paper's block); -1: the stem, last + 1: toRGB
     shuffle: int = 1    # s: after the convolution s * s channels become s x s pixels
 
 
 def layer_plan(cfg):
     """The layers of the decoder, in order.
 
-    Blocks double the size until the resolution is reached; the last one is 2D wide, and the convolution before it
-    widens. With more doublings the widening moves along, so at 256 x 256 one more D-wide block appears (64.5M at L).
+    Each level doubles the size until the resolution is reached; the last one is 2D wide, and the convolution before
+    it widens. With more doublings the widening moves along: at 256 x 256 one more D-wide level appears (64.5M at L).
 
     Raises: SystemExit when pe_size is not the resolution divided by a power of two
     Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
-            [128, 64, 3, 3] does not say which axis comes first
+            [128, 64, 3, 3] does not say which axis comes first; pixelshuffle and bilinear (Table 2d) take 3 x 3
+            kernels, as A.2's other convolutions
     """
     if cfg.model == "nerv_dec":
         return nerv_dec_plan(cfg)
@@ -57,13 +62,13 @@ def layer_plan(cfg):
         raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
                          "change --resolution or --pe-size")
 
-    def layer(kind, c_in, c_out, size, block, k=3):
+    def layer(kind, c_in, c_out, size, level, k=3):
         wider = c_out // c_in if c_out > c_in else 1
-        return Layer(kind, c_in, c_out, k, size, min(g, c_in) * wider, min(g, c_in), block)
+        return Layer(kind, c_in, c_out, k, size, min(g, c_in) * wider, min(g, c_in), level)
 
-    width = lambda i: 2 * D if i == doublings - 1 else D                            # only the last block is 2D wide
+    width = lambda i: 2 * D if i == doublings - 1 else D                            # only the last level is 2D wide
     # The stem is generated whole (Table A1).
-    stem = layer("conv", 3 * cfg.pe_dim, width(0) if doublings == 1 else D, cfg.pe_size, -1)
+    stem = layer("conv", 3 * cfg.pe_dim, width(0), cfg.pe_size, -1)
     plan, size = [stem._replace(gen_out=stem.c_out, gen_in=stem.c_in)], cfg.pe_size
     for i in range(doublings):
         size, w = 2 * size, width(i)
@@ -71,12 +76,12 @@ def layer_plan(cfg):
                  "pixelshuffle": [layer("conv", w, 4 * w, size, i)._replace(shuffle=2)],
                  "bilinear": [layer("bilinear", w, w, size, i)]}[cfg.upsample]
         plan += [layer("conv", w, w, size, i)]
-        if i < doublings - 1:                                                       # Table A1: the last block has one
+        if i < doublings - 1:                                                       # Table A1: the last level has one
             plan += [layer("conv", w, width(i + 1), size, i)]
         if cfg.side == "skip":
             plan += [Layer("rgb", width(min(i + 1, doublings - 1)), 3, 3, size, 3, min(D, plan[-1].c_out), i)]
     if cfg.side != "skip":
-        plan += [Layer("rgb", 2 * D, 3, k=3, size=size, gen_out=3, gen_in=D, block=doublings)]
+        plan += [Layer("rgb", 2 * D, 3, k=3, size=size, gen_out=3, gen_in=D, level=doublings)]
     return plan
 
 
@@ -116,7 +121,8 @@ def positional_embedding(frame, size, dim, base):
     Source:  paper Sec. 3.2, A.2 (dim = 16 for each of time, height, width). Choice: the fastest sinusoid of height and
              width turns by pi from a cell to the next, the finest pattern a grid can hold, that of time by 1 a frame,
              as frames between frames are asked for. At 1 a cell, 8 neighbours look so alike that their 16 numbers are
-             nearly of rank 4; on UCF-101 clips that costs 0.7 dB after 600 steps
+             nearly of rank 4; on UCF-101 clips that costs 0.7 dB after 600 steps. (The fastest sine is now 0 at every
+             cell, its cosine 1, -1, 1 ...)
     """
     cell = math.pi * torch.arange(size, device=frame.device)
     t = sinusoids(frame, dim, base)[:, :, None, None].expand(-1, -1, size, size)    # (T, dim, size, size)
@@ -130,9 +136,11 @@ def positional_embedding(frame, size, dim, base):
 def convolve(x, kernel, kind, groups=1):
     """The linear part of a layer: `kernel` (groups * c_out, c_in, k, k) applied to x (n, groups * c_in, H, W)."""
     k = kernel.shape[-1]
-    if kind == "rgb":                                   # 3 outputs: a matrix product for all taps, added up shifted, is
-        taps = kernel.flip(2, 3).movedim(1, 3).unflatten(0, (groups, -1)).flatten(1, 3)     # (groups, 3*k*k, c_in)
-        y = taps @ x.unflatten(1, (groups, -1)).flatten(3)      # 7 times as fast on a CPU    (n, groups, 3*k*k, H*W)
+    if kind == "rgb" and x.device.type == "cpu":
+        # Few outputs: one matrix product for all taps, which fold shifts and adds up. It equals the conv2d below, hence
+        # the flip, and is 7 times as fast on a CPU.
+        taps = kernel.flip(2, 3).movedim(1, 3).unflatten(0, (groups, -1)).flatten(1, 3)     # (groups, c_out*k*k, c_in)
+        y = taps @ x.unflatten(1, (groups, -1)).flatten(3)                          # (n, groups, c_out*k*k, H*W)
         return F.fold(y.flatten(0, 1), x.shape[2:], k, padding=k // 2).view(len(x), -1, *x.shape[2:])
     if kind == "transposed":                            # k 4, stride 2, padding 1: exactly twice the size
         kernel = kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)    # (groups*c_in, c_out, k, k)
@@ -158,10 +166,10 @@ class ModulatedConv2d(nn.Module):
     `rows` and `columns` say which tokens a layer reads and how much of each: all, but for --reuse none and NeRV-Enc.
 
     Shapes:  x (T*B, c_in, H, W) time-major, tokens (B, N, d) -> (T*B, c_out, H', W'), H' = 2H when up-sampling
-    Units:   tokens ~ N(0, 1); x of unit scale gives y of unit scale
+    Units:   tokens ~ N(0, 1); y has unit scale before its GELU if x is what comes: sinusoids, or a GELU of unit scale
     Source:  paper Sec. 3.1 (channel-wise parameterization, demodulation over all axes but the output channel), E.18.
              Choice: the affine's bias is one number per kernel entry (the shared kernel's own block), so that the
-             mean video starts as an ordinary convolution (NeRV-Enc Table 10: worth 1.8 dB) and tokens start alike
+             mean video starts as an ordinary convolution (NeRV-Enc B: such a start of its base kernel is worth 1.8 dB)
     """
 
     def __init__(self, layer, cfg, rows, columns, head=None):
@@ -196,10 +204,13 @@ class ModulatedConv2d(nn.Module):
         inputs = size // 2 if kind == "transposed" else size // layer.shuffle
         seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
         # Second, the mean square is 1/2 after sines and 0.4256 = 1.533^-2 after GELU of a normal; toRGB feeds tanh.
-        self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.block >= 0 else 2 ** 0.5)
+        self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.level >= 0 else 2 ** 0.5)
 
     def generated(self, tokens):
-        """Numbers this layer takes from the tokens, one run a token. Shapes: (B, N, d) -> (B, numel)."""
+        """Numbers this layer takes from the tokens. Shapes: (B, N, d) -> (B, numel).
+
+        One linear map serves all tokens: token n supplies numbers n * per_token to (n + 1) * per_token - 1.
+        """
         values = self.head(tokens[:, self.rows, :self.columns])               # (B, n, per_token or more)
         values = values[..., :self.per_token]           # more: the one head of --reuse direct fits the largest layer
         return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
@@ -221,11 +232,11 @@ class ModulatedConv2d(nn.Module):
         else:                                           # NeRV-Enc, Eq. 3: each number repeated four times, multiplied
             axis, full = 1 + list(self.sides).index(self.expand), self.sides[self.expand]
             values = 1 + values.view(-1, *self.quarter)                             # 1: the bias of the appendix's FC2
-            values = values.repeat_interleave(min(4, full), axis).narrow(axis, 0, full)     # (B, c_out, c_in, k*k)
+            values = values.repeat_interleave(4, axis).narrow(axis, 0, full)        # (B, c_out, c_in, k*k)
             kernel = shared * values.unflatten(3, (k, k))
         if self.normalize:
             energy = kernel.square().sum((2, 3, 4), keepdim=True)                   # (B, c_out, 1, 1, 1)
-        else:                                           # NeRV-Enc Table 10a: the scale that it starts with, for good
+        else:                                           # NeRV-Enc B a: the scale that it starts with, for good
             energy = torch.as_tensor(self.initial_energy, device=kernel.device)
         return kernel * (energy + 1e-8).rsqrt() * self.gain
 
@@ -233,7 +244,7 @@ class ModulatedConv2d(nn.Module):
         kind, c_in, c_out, k, _, go, gi, *_ = self.layer
         B, (TB, _, H, W) = len(tokens), x.shape
         by_video = x.view(TB // B, B, c_in, H, W)                                   # (T, B, c_in, H, W)
-        if self.assemble:
+        if self.assemble:                               # channels of all videos side by side, a group for each video
             y = convolve(by_video.flatten(1, 2), self.kernel(tokens).flatten(0, 1), kind, groups=B)
             y = y.view(TB, c_out, *y.shape[-2:]) + self.bias[:, None, None]
         else:
@@ -303,16 +314,16 @@ def render(layers, convs, x, side):
     Source:  paper Table A1; GELU in all blocks and tanh at the end: A.2; residual sums, bilinear: Sec. 3.2, A.1
     """
     x, rgb = F.gelu(convs[0](x)), None
-    block_in = x
-    for layer, after, conv in zip(layers[1:], layers[2:] + layers[-1:], convs[1:]):
+    level_in, following = x, layers[2:] + layers[-1:]   # the layer after each one; the last stands for itself
+    for layer, after, conv in zip(layers[1:], following, convs[1:]):
         if layer.kind == "rgb":                         # once, at the end; with side "skip" at every size, summed
             y = conv(x)                                                             # (n, 3, size, size)
             rgb = y if rgb is None else y + upsample_side(rgb, 3)
             continue
         x = F.gelu(conv(x))                                                         # (n, c, size, size)
-        if side == "residual" and after.block != layer.block:                       # the block ends here
-            x = (x + upsample_side(block_in, x.shape[1])) / math.sqrt(2)            # unit scale, as StyleGAN2
-            block_in = x
+        if side == "residual" and after.level != layer.level:                       # the level ends here
+            x = (x + upsample_side(level_in, x.shape[1])) / math.sqrt(2)            # unit scale, as StyleGAN2
+            level_in = x
     return rgb.tanh()
 
 
@@ -348,7 +359,7 @@ class GenerativeNeRV(nn.Module):
         rows, columns = [slice(0, cfg.tokens)] * len(plan), [cfg.token_dim] * len(plan)
         if cfg.layer_tokens:                            # NeRV-Enc: each layer its own tokens, of its own length
             rows, columns = layer_token_slices(cfg, len(plan))
-        elif cfg.reuse == "none":                       # Table 2b: each layer gets its own tokens, by block size
+        elif cfg.reuse == "none":                       # Table 2b; choice: tokens shared out by block size
             if cfg.tokens < len(plan):
                 raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
             # One token for every layer, the others by block size, rounded on the running sum so that they add up to N.
@@ -356,7 +367,7 @@ class GenerativeNeRV(nn.Module):
             cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
             ends = cuts.long().tolist()
             rows = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
-        elif cfg.reuse == "direct":                     # Table 2b: one head, every layer reads the same values
+        elif cfg.reuse == "direct":                     # Table 2b; choice: one head, every layer reads the same values
             if cfg.parameterization != "channel":
                 raise SystemExit("--reuse direct is defined for --parameterization channel only")
             most = max(-(-p.gen_out * p.gen_in * p.k ** 2 // cfg.tokens) for p in plan)

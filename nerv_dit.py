@@ -105,8 +105,9 @@ def cache_tokens(cfg, vae, device):
         clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
     with_condition = cfg.condition in ("frames", "image", "edge")
     keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
-    what = [file_hash(cfg.vae), [str(f) for f in clips.files or []], clips.labels.tolist(), cfg.clips_per_video,
-            cfg.seed, cfg.condition if with_condition else ""]
+    names = [os.path.relpath(f, root) for f in clips.files or []]                   # the same wherever the folder lies
+    what = [file_hash(cfg.vae), names, clips.labels.tolist(), cfg.clips_per_video, cfg.seed]
+    what.append(cfg.condition if with_condition else "")
     path = Path(cfg.out) / f"tokens-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.npy"
     notes = path.with_suffix(".json")
     shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
@@ -153,7 +154,7 @@ class DiTBlock(nn.Module):
 
     All gates start at zero, so a new block is the identity.
     Shapes:  x (B, L, dim), c (B, dim) -> (B, L, dim)
-    Source:  DiT (Peebles & Xie 2023); `axis` is Latte's alternation (paper Table 3a)
+    Source:  DiT (Peebles & Xie 2023); `axis` is Latte's alternation (paper Table 3a). Choice: its grid, 8 x 16 at N 128
     """
 
     def __init__(self, dim, heads, grid=None, axis=0):
@@ -307,8 +308,9 @@ def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         raise ValueError("guidance needs a class condition; use --guidance 1")
     schedule = noise_schedule(noise.device)
     times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
-    if sampler == "ddpm":                               # drawn before the loop, which then never waits for the CPU
-        random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]     # 32 bits count
+    # Drawn before the loop, which then never waits for the CPU; 2^31 keeps it apart from the starting noise's seeds.
+    if sampler == "ddpm":
+        random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]
         fresh = torch.stack([torch.randn(steps, *noise.shape[1:], generator=g) for g in random], 1).to(noise.device)
     z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
     if copies == 2:
@@ -363,10 +365,13 @@ def train(cfg):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
     schedule = noise_schedule(device)
 
+    def send(x):                                        # from pinned memory, so that nothing waits for the GPU
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
     def condition(rows, entry):
         if model.by_tokens:
             return (entry[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
-        return torch.full_like(labels[rows], classes).to(device) if cfg.condition == "none" else labels[rows].to(device)
+        return send(torch.full_like(labels[rows], classes) if cfg.condition == "none" else labels[rows])
 
     def save(path):
         return save_checkpoint(path, dict(step=step, best=best, config=dataclasses.asdict(cfg), classes=meta["classes"],
@@ -392,17 +397,18 @@ def train(cfg):
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, cfg)
         opt.zero_grad(set_to_none=True)
-        for part in torch.arange(cfg.batch)[mine].chunk(cfg.grad_accum):
-            entry = torch.from_numpy(cache[rows[part].numpy()]).to(device).float()  # (B, 2 or 3, N, d)
+        each = (mine.stop - mine.start) // cfg.grad_accum
+        for part in (slice(first, first + each) for first in range(mine.start, mine.stop, each)):
+            entry = send(torch.from_numpy(cache[rows[part].numpy()])).float()       # (B, 2 or 3, N, d)
             tokens = entry[:, 0] + (entry[:, 1] / 2).exp() * noise[2, part]
             tokens = (tokens - model.token_mean) / model.token_std                  # (B, N, d)
             # 2. What the model is told: a class, sometimes hidden so that guidance has something to compare with.
             cond = condition(rows[part], entry)
             if cfg.condition == "class":
-                cond = cond.masked_fill(hidden[part].to(device), classes)
+                cond = cond.masked_fill(send(hidden[part]), classes)
             # 3. Noise it to a random time and predict the noise; now and then also from the model's own next step.
             with amp:
-                loss = diffusion_loss(forward, tokens, noise[:2, part], t[part].to(device), cond, schedule,
+                loss = diffusion_loss(forward, tokens, noise[:2, part], send(t[part]), cond, schedule,
                                       cfg.min_snr_gamma, own_step)
             (loss / cfg.grad_accum).backward()
             add_up(terms, cfg.grad_accum, loss=loss / (2 if own_step else 1))       # a pass, on average
@@ -420,7 +426,7 @@ def train(cfg):
             terms = {}
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             if bad[1] >= 10:
-                raise SystemExit(not_finite(row, bad, [f"cache row {i}" for i in rows.tolist()]))
+                raise SystemExit(not_finite(row, bad[1], [f"cache row {i}" for i in rows.tolist()]))
             write_log(path.with_name("log.jsonl"), row)
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 if row["loss"] < best:
@@ -434,8 +440,7 @@ def train(cfg):
                     noise = torch.randn(16, *model.token_mean.shape, generator=generator).to(device)
                     guidance = cfg.guidance if cfg.condition == "class" else 1.0
                     z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
-                    frame = torch.arange(vae.cfg.frames, device=device).float()
-                    videos = torch.cat([vae.decode(one, frame).cpu() for one in z.split(1)])        # (16, T, 3, H, W)
+                    videos = vae.play(z)                                            # (16, T, 3, H, W)
                     names = [*meta["classes"], "generated"]                         # the last: no class, by_tokens
                     shown = [classes] * 16 if model.by_tokens else cond.tolist()
                     with writing(path.with_name(f"step_{step:06d}.gif")) as picture:

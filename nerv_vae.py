@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import build_dataset, degrade, parse_config, save_video, tile
+from data import build_dataset, degrade, load_lpips, parse_config, save_video, tile
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -71,9 +71,9 @@ class Config:
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
     kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
     layer_tokens: str = ""          # tokens x channels of each layer, as 4x256,0x0; empty: all read all (NeRV-Enc A.5)
-    expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc Table 10c)
-    normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc Table 10a)
-    conv_init: bool = True          # kernels start normal; off: as signs (NeRV-Enc Table 10b names nothing: choice)
+    expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc B c)
+    normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc B a)
+    conv_init: bool = True          # kernels start normal; off: as signs (NeRV-Enc B b names nothing: choice)
     # encoder
     enc_depth: int = 2              # transformer blocks (paper: 18)
     enc_heads: int = 4              # attention heads (paper: 14)
@@ -82,7 +82,7 @@ class Config:
     patch_frames: int = 2           # patch depth in frames (paper: 1)
     logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
-    kl_weight: float = 1e-6         # times the KL in nats summed over tokens and channels (paper A.1: 1e-5; sum: A12)
+    kl_weight: float = 1e-6         # times the KL in nats summed over tokens, channels (paper A.1: 1e-5; choice: sum)
     lpips_weight: float = 0.0       # perceptual loss (paper: 1); 0 downloads nothing
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
@@ -127,7 +127,7 @@ PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "toke
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
 
 
-# ---------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------- several processes: one is enough to follow; skip at first
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says; else alone
 LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None            # the allocator of most Linux systems
@@ -248,15 +248,15 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if WORLD == 1 or not self.training:
             return super().forward(x)
-        sums = torch.cat([x.mean(0), x.square().mean(0)])                           # (2 * dim,)
-        mean, square = (SumOverRanks.apply(sums) / WORLD).chunk(2)                  # (dim,) each
-        var, n = square - mean.square(), WORLD * len(x)
+        mean = SumOverRanks.apply(x.mean(0)) / WORLD                                # (dim,)
+        x = x - mean                                    # first, as E[x^2] - mean^2 cancels where the mean is large
+        var, n = SumOverRanks.apply(x.square().mean(0)) / WORLD, WORLD * len(x)     # (dim,)
         with torch.no_grad():
             self.num_batches_tracked += 1
             weight = self.momentum or 1 / self.num_batches_tracked
             self.running_mean.lerp_(mean, weight)
             self.running_var.lerp_(var * n / (n - 1), weight)
-        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        return x * (var + self.eps).rsqrt() * self.weight + self.bias
 
 
 class NeRVEncoder(nn.Module):
@@ -328,6 +328,14 @@ class NeRVVAE(nn.Module):
     def decode(self, tokens, frame):
         """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1]."""
         return self.decoder(tokens, frame)
+
+    def play(self, tokens):
+        """All trained frames, one video at a time: feature maps are large.
+
+        Shapes: tokens (n, N, d) -> (n, T, 3, H, W) in [-1, 1], on the CPU
+        """
+        frame = torch.arange(self.cfg.frames, device=tokens.device).float()
+        return torch.cat([self.decode(one, frame).cpu() for one in tokens.split(1)])
 
     def forward(self, video, frame, noise):
         mean, logvar = self.encode(video)
@@ -471,8 +479,9 @@ def resume_or_start(cfg, device, made_by):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").unlink(missing_ok=True)                           # a save that was killed half-way
-        if path.exists() and not cfg.resume and not RANK:
-            os.replace(path, path.with_name("ckpt.old.pt"))
+        if not cfg.resume and not RANK:
+            for old in [p for p in (path, path.with_name("best.pt")) if p.exists()]:
+                os.replace(old, old.with_suffix(".old.pt"))
             path.with_name("log.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise SystemExit(f"--out {cfg.out} cannot be written ({error.strerror}); choose another folder") from error
@@ -572,7 +581,7 @@ def write_log(path, row):
 def not_finite(row, bad, names):
     """What to say when ten steps in a row were skipped."""
     terms = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "clips_per_s")
-    return (f"{int(bad[1])} steps in a row had a loss or gradient that is not a number, and were skipped; stopped at "
+    return (f"{int(bad)} steps in a row had a loss or gradient that is not a number, and were skipped; stopped at "
             f"{terms}; this batch: {', '.join(names)}. The checkpoint is from before; lower --lr, or look at these")
 
 
@@ -647,8 +656,7 @@ def train(cfg):
     with first_rank_first():
         clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)
         if cfg.lpips_weight:
-            import lpips
-            perceptual = lpips.LPIPS(net=cfg.lpips_net, verbose=False).to(device).requires_grad_(False)
+            perceptual = load_lpips(cfg.lpips_net, device)
     if cfg.overfit:
         clips, held_out = OneClip(clips), []
     name, source = ("psnr_held_out", held_out) if len(held_out) else ("psnr_train", clips)
@@ -742,8 +750,9 @@ def train(cfg):
                        lr=opt.param_groups[0]["lr"],
                        clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
             row["psnr"] = float(psnr_from_mse(row["mse"]))
-            if bad[1] >= 10:
-                raise SystemExit(not_finite(row, bad, names_of(clips, batch_keys(clips, cfg, step - 1))))
+            if max(bad[1], bad_d[1]) >= 10:
+                names = names_of(clips, batch_keys(clips, cfg, step - 1))
+                raise SystemExit(not_finite(row, max(bad[1], bad_d[1]), names))
             if step % cfg.eval_every == 0 or step == cfg.steps:
                 measure_batchnorm(ema, clips, cfg, device)
                 saved = save(path)                      # before anything that could still go wrong
@@ -756,11 +765,14 @@ def train(cfg):
                     if row[name] > best:
                         best = row[name]
                         save(path.with_name("best.pt"))
+                        saved = save(path)              # again: a run that goes on must know what to beat
             bar.set_postfix(psnr=f"{row['psnr']:.1f}dB", kl=f"{row['kl_per_dim']:.2f}")
             write_log(path.with_name("log.jsonl"), row)
             since, shown_at = time.perf_counter(), step
         heard = agree(stop[0] if stop else 0)
         if heard:
+            save(path)                                  # at once, as whoever sent the signal may not wait
+            measure_batchnorm(ema, clips, cfg, device)
             saved = save(path)
             bar.close()
             leave(step, path, heard, saved)

@@ -62,22 +62,24 @@ class Config:
     decompress: str = ""            # a .nerv file to play
     export: str = ""                # write NAME-vae.pt and NAME-dit.pt: both stages in half precision, to hand on
     # how
-    sampler: str = ""               # ddpm or ddim; empty: as the DiT was configured
+    sampler: str = "auto"           # auto|ddpm|ddim: auto is as the DiT was configured
     sample_steps: int = 0           # 0: as the DiT was configured
     guidance: float = 0.0           # 1 is off; 0: as the DiT was configured
     batch: int = 0                  # videos at once; 0: 16, and 1 with --bench (paper E.1)
     seed: int = 0                   # fixes the noise of every video
+    compile: bool = True            # on CUDA: the sampling step compiled, captured once as a graph and replayed
     # where
     dit: str = "out/dit/ckpt.pt"    # checkpoint of nerv_dit.py
     vae: str = ""                   # checkpoint of nerv_vae.py; empty: the one the DiT was trained on
     weights: str = ""               # NAME of exported ones, in place of --dit and --vae; here: assets/toy
+    data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     out: str = "out/samples"        # folder that everything is written to
     fps: int = 8                    # of gif and mp4
+    device: str = "auto"            # auto|cpu|cuda: what computes; auto: CUDA where there is one
     # how fast
     bench: bool = False             # time the paper's sizes with random weights (Tables A2, A3, E.16); nothing is read
     model: str = "S"                # S|B|L: decoder that --bench times
     resolution: int = 128           # 128|256: pixels of the clips that --bench times
-    device: str = "auto"            # auto|cpu|cuda: where --bench runs
 
 
 # ---------------------------------------------------------------------------------------------- pieces
@@ -154,10 +156,11 @@ class VideoStore:
         self.note.unlink()
 
 
-def play(vae, tokens):
-    """All trained frames, one video at a time: feature maps are large. Shapes: (n, N, d) -> (n, T, 3, H, W), CPU."""
-    frame = torch.arange(vae.cfg.frames, device=tokens.device).float()
-    return torch.cat([vae.decode(one, frame).cpu() for one in tokens.split(1)])
+def draw_tokens(cfg, dit, cond, first, how):
+    """Tokens of videos first, first + 1, ..: one for each row of cond (k,) or (k, N, d). Shapes: -> (k, N, d)."""
+    noise = noise_for(first, len(cond), dit.token_mean.shape, cfg.seed).to(cond.device)
+    return sample_tokens(dit, cond, noise, how["sampler"], how["sample_steps"], how["guidance"],
+                         cfg.seed * 1_000_003 + first, progress=cfg.n <= cfg.batch)
 
 
 def clip_shape(vae):
@@ -166,7 +169,7 @@ def clip_shape(vae):
 
 
 def clip_settings(vae):
-    """What a measurement must know about the clips of a tokenizer, whose .sha256 main has set."""
+    """What a measurement must know about the clips of a tokenizer, whose .path and .sha256 main has set."""
     c = vae.cfg
     return dict(dataset=c.dataset, classes=vae.classes, frames=c.frames, stride=c.stride, resolution=c.resolution,
                 split=c.split, vae_sha256=vae.sha256, vae_step=vae.step)
@@ -321,10 +324,12 @@ def read_nerv(path):
 
 # ---------------------------------------------------------------------------------------------- what the flags do
 
-def unseen_clips(vae):
+def unseen_clips(cfg, vae):
     """The clips kept out of training, else those that trained, and what to call them."""
-    clips = build_dataset(vae.cfg, held_out=True)
-    return (clips, "held-out") if len(clips) else (build_dataset(vae.cfg), "training (--split all held nothing out)")
+    # Stage 1 left its index of the videos beside its checkpoint.
+    about = replace(vae.cfg, data_root=cfg.data_root or vae.cfg.data_root, out=str(vae.path.parent))
+    clips = build_dataset(about, held_out=True)
+    return (clips, "held-out") if len(clips) else (build_dataset(about), "training (--split all held nothing out)")
 
 
 def thumbnails(video, floats):
@@ -342,8 +347,8 @@ def thumbnails(video, floats):
 
 
 def reconstruct(cfg, vae, device, out):
-    """Originals and reconstructions of clips that did not train, as a pair of .npz; prints PSNR beside trivial codes."""
-    clips, which = unseen_clips(vae)
+    """Originals and reconstructions of clips that did not train, as a pair of .npz; PSNR beside that of thumbnails."""
+    clips, which = unseen_clips(cfg, vae)
     order = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]
     kinds, shape = ("original", "reconstruction"), (len(order), *clip_shape(vae))
     settings = dict(clip_settings(vae), pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, seed=cfg.seed)
@@ -353,7 +358,7 @@ def reconstruct(cfg, vae, device, out):
         store.done = done
     for first in tqdm(range(done, len(order), cfg.batch), desc="reconstructing", unit="batch"):
         video = torch.stack([clips[int(i), int(i)][0] for i in order[first:first + cfg.batch]])     # (k, T, 3, H, W)
-        recon = play(vae, vae.encode(degrade(video.to(device), vae.cfg.degrade))[0])                # (k, T, 3, H, W)
+        recon = vae.play(vae.encode(degrade(video.to(device), vae.cfg.degrade))[0])                 # (k, T, 3, H, W)
         for name, code in dict(tokens=recon, **thumbnails(video, vae.decoder.used.sum().item())).items():
             psnr.setdefault(name, []).extend(psnr_from_mse((code - video).square().mean((2, 3, 4))).mean(1).tolist())
         stores[0].add(video)
@@ -366,8 +371,9 @@ def reconstruct(cfg, vae, device, out):
     if psnr:
         mean = {name: float(np.mean(values)) for name, values in psnr.items()}
         still, best = list(mean)[1], max(list(mean)[1:], key=mean.get)
-        print(f"{len(psnr['tokens'])} {which} clips: PSNR {mean['tokens']:.2f} dB (mean over frames, then clips); trivial "
-              f"codes of as many numbers: mean frame ({still}) {mean[still]:.2f} dB, thumbnail ({best}) {mean[best]:.2f} dB")
+        print(f"{len(psnr['tokens'])} {which} clips: PSNR {mean['tokens']:.2f} dB (mean over frames, then clips)\n"
+              f"as many numbers as the mean frame, {still}: {mean[still]:.2f} dB; as a thumbnail, {best}: "
+              f"{mean[best]:.2f} dB")
     print(f"wrote {out}/original.npz, reconstruction.npz and reconstruction.gif (original, reconstruction, difference)")
 
 
@@ -379,15 +385,12 @@ def generate(cfg, vae, dit, device, out, how):
                     labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step, **how)
     store = VideoStore(out / "samples.npz", (cfg.n, *clip_shape(vae)), settings)
 
-    def tokens_of(first, count):
-        noise = noise_for(first, count, dit.token_mean.shape, cfg.seed).to(device)
-        cond = torch.tensor(labels[first:first + count], device=device)
-        return sample_tokens(dit, cond, noise, how["sampler"], how["sample_steps"], how["guidance"],
-                             cfg.seed * 1_000_003 + first, progress=cfg.n <= cfg.batch)             # (count, N, d)
-
+    cond = torch.tensor(labels, device=device)                                      # (n,)
     for first in tqdm(range(store.done, cfg.n, cfg.batch), desc="generating", unit="batch", disable=cfg.n <= cfg.batch):
-        store.add(play(vae, tokens_of(first, min(cfg.batch, cfg.n - first))))
+        store.add(vae.play(draw_tokens(cfg, dit, cond[first:first + cfg.batch], first, how)))
     store.close(labels)
+    for old in out.glob("[0-9][0-9][0-9]_*.mp4"):       # of a run before: others would take them for this one's
+        old.unlink()
     videos = load_videos(out / "samples.npz", 64)
     names = [dit.class_names[label] if label < len(dit.class_names) else "video" for label in labels]
     for i, video in enumerate(videos):
@@ -398,19 +401,19 @@ def generate(cfg, vae, dit, device, out, how):
     save_video(out / "samples.png", film_strips(videos[:16], cells))
     print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
     if cfg.interp or cfg.time_interp or cfg.extrapolate:                            # the two ends of the way
-        pair = [file_tokens(path, vae, device)[0] if path else tokens_of(i, 1)[0]
+        pair = [file_tokens(path, vae, device)[0] if path else draw_tokens(cfg, dit, cond[i:i + 1], i, how)[0]
                 for i, path in ((0, cfg.video_a), (cfg.n - 1, cfg.video_b))]
         return torch.stack(pair)                                                    # (2, N, d)
 
 
 def overview(cfg, vae, dit, device, out):
     """One picture: clips, their reconstructions, and the generated videos of the same classes."""
-    clips, _ = unseen_clips(vae)
+    clips, _ = unseen_clips(cfg, vae)
     made = load_videos(out / "samples.npz", 8)                                      # (8, T, 3, H, W), or fewer
     drawn = np.load(out / "samples.npz")["labels"][:len(made)].tolist()
     first = [np.flatnonzero(clips.labels == label) for label in drawn]
     real = torch.stack([clips[int(at[0]) if len(at) else i, i][0] for i, at in enumerate(first)])   # (8, T, 3, H, W)
-    recon = play(vae, vae.encode(real.to(device))[0])                               # (8, T, 3, H, W)
+    recon = vae.play(vae.encode(real.to(device))[0])                                # (8, T, 3, H, W)
     names = [(dit.class_names + ["video"])[label] for label in drawn]
     labels = [*names, *["reconstruction"] * len(made), *["generated"] * len(made)]
     save_video(out / "overview.gif", tile(torch.cat([real, recon, made]), len(made), labels), cfg.fps)
@@ -424,7 +427,7 @@ def interpolate(cfg, vae, device, out, tokens):
     """
     a, b = tokens
     lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
-    videos = play(vae, lam * a + (1 - lam) * b)                                     # (9, T, 3, H, W)
+    videos = vae.play(lam * a + (1 - lam) * b)                                      # (9, T, 3, H, W)
     labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
     save_video(out / "interp.gif", tile(videos, 9, labels), cfg.fps)
     cells = [f"frame {t}" if t else label for t in range(videos.shape[1]) for label in labels]
@@ -466,10 +469,8 @@ def predict(cfg, vae, dit, device, out, how):
     clip = file_tokens(cfg.predict, vae, device)[1]                                 # (T, 3, H, W)
     shown = condition_video(clip, dit.cfg.condition)
     cond = (vae.encode(shown[None].to(device))[0] - dit.token_mean) / dit.token_std # (1, N, d)
-    noise = noise_for(0, cfg.n, dit.token_mean.shape, cfg.seed).to(device)
-    tokens = sample_tokens(dit, cond.expand(cfg.n, -1, -1), noise, how["sampler"], how["sample_steps"], seed=cfg.seed,
-                           progress=True)                                           # (n, N, d)
-    videos = play(vae, tokens)                                                      # (n, T, 3, H, W)
+    batches = cond.expand(cfg.n, -1, -1).split(cfg.batch)
+    videos = torch.cat([vae.play(draw_tokens(cfg, dit, part, i * cfg.batch, how)) for i, part in enumerate(batches)])
     rows = torch.cat([torch.stack([clip, shown]), videos])                          # (2 + n, T, 3, H, W)
     names = ["the video", f"shown: {dit.cfg.condition}", *(f"answer {i}" for i in range(cfg.n))]
     save_video(out / "predict.gif", tile(rows, 6, names), cfg.fps)
@@ -488,7 +489,7 @@ def compress(cfg, vae, device, out):
     blobs = {bits: pack_tokens(tokens[used], bits, **about) for bits in (4, 5, 6, 7, 8, 32)}
     stored = torch.zeros(len(blobs), *used.shape, device=device)                    # (6, N, d)
     stored[:, used] = torch.stack([unpack_tokens(blob)[1] for blob in blobs.values()]).to(device)
-    videos = play(vae, stored)                                                      # (6, T, 3, H, W)
+    videos = vae.play(stored)                                                       # (6, T, 3, H, W)
     each = psnr_from_mse((videos - clip).square().mean((2, 3, 4)))                  # (6, T)
     psnr = dict(zip(blobs, each.mean(1).tolist()))
     part = path.with_suffix(".part")
@@ -590,7 +591,8 @@ def bench(cfg, device, out, c, dc):
     libraries' forms), and bytes at the rate of one large copy, all timed here. The bytes are those that no program can
     avoid: weights, input and output once (9 times the weights in a training step: two passes, gradients, AdamW). Memory
     is what comes on top of an idle process.
-    Source: paper Tables A2, A3, E.16. No LPIPS, no GAN; bfloat16 autocast and torch.compile on CUDA only
+    Source: paper Tables A2, A3, E.16. Departs: the median of at most 100 calls in 15 s, E.1 averages 100; no LPIPS and
+            no GAN; bfloat16 autocast and torch.compile on CUDA only
     """
     gpu, B, up, rows = device.type == "cuda", cfg.batch, c.resolution // c.pe_size, []
     compiled, dtype = torch.compile if gpu else lambda f: f, torch.bfloat16 if gpu else torch.float32
@@ -675,11 +677,13 @@ def bench(cfg, device, out, c, dc):
     noise = torch.randn(2, *z.shape, device=device)
     training("training step, stage 2", dit, lambda: nerv_dit.diffusion_loss(fast, z, noise, t, cond, schedule, 5.0),
              3 * B * each)
+    if gpu:
+        dit.compile(mode="reduce-overhead")             # as sampling does
     for sampler, steps in (("ddpm", 250), ("ddim", 50)):
         timed = steps if gpu else 2
         with amp:
             row(f"{steps} {sampler} steps, guidance 2" + (f" (2 timed, x {steps // 2})" if timed < steps else ""),
-                lambda: sample_tokens(fast, cond, z, sampler, timed, 2.0), steps * 2 * B * each, size(dit),
+                lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0), steps * 2 * B * each, size(dit),
                 4 * size(dit) * (steps - 1), steps // timed)
     (out / "bench.json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
     print(f"wrote {out}/bench.json")
@@ -688,22 +692,23 @@ def bench(cfg, device, out, c, dc):
 def main(argv=None):
     """Command line of sample.py. Returns the folder written to."""
     cfg, device = parse_config(Config, {}, argv), pick_device()
+    if cfg.device == "cuda" and device.type != "cuda":
+        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    device = torch.device("cpu") if cfg.device == "cpu" else device
     cfg = replace(cfg, batch=cfg.batch or (1 if cfg.bench else 16))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.bench:
-        if cfg.device == "cuda" != device.type:
-            raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
         row = "ucf256" if cfg.resolution == 256 else "ucf"
         stage1 = {**nerv_vae.PRESETS[row], "model": cfg.model, "checkpointing": False}
-        bench(cfg, torch.device("cpu") if cfg.device == "cpu" else device, out, nerv_vae.Config(**stage1),
+        bench(cfg, device, out, nerv_vae.Config(**stage1),
               nerv_dit.Config(**nerv_dit.PRESETS[row]))
         return out
     with torch.no_grad():
         if cfg.reconstruct or cfg.compress or cfg.decompress:
             path = f"{cfg.weights}-vae.pt" if cfg.weights else cfg.vae or "out/vae/ckpt.pt"
             vae = load_vae(path, device)
-            vae.sha256 = file_hash(path)
+            vae.path, vae.sha256 = Path(path), file_hash(path)
             if cfg.reconstruct:
                 reconstruct(cfg, vae, device, out)
             if cfg.compress:
@@ -719,7 +724,7 @@ def main(argv=None):
         dit = load_dit(cfg.dit, device)
         path = cfg.vae or dit.cfg.vae
         vae = load_vae(path, device)
-        vae.sha256 = file_hash(path)
+        vae.path, vae.sha256 = Path(path), file_hash(path)
         if vae.sha256 != dit.vae_sha256:
             raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (its sha256 starts "
                              f"{dit.vae_sha256[:12]}, not {vae.sha256[:12]}); give that one with --vae, or train "
@@ -727,11 +732,11 @@ def main(argv=None):
         if cfg.export:
             export(cfg.export, vae, dit)
             return out
-        if device.type == "cuda":                       # one step, captured once and replayed: no launch costs
+        if cfg.compile and device.type == "cuda":
             dit.compile(mode="reduce-overhead")
         guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)
-        how = dict(sampler=cfg.sampler or dit.cfg.sampler, sample_steps=cfg.sample_steps or dit.cfg.sample_steps,
-                   guidance=guidance)
+        how = dict(sampler=dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler,
+                   sample_steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
         if cfg.predict:
             predict(cfg, vae, dit, device, out, how)
             return out
