@@ -370,7 +370,8 @@ def reconstruct(cfg, vae, device, out):
     save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a), labels), cfg.fps)
     if psnr:
         mean = {name: float(np.mean(values)) for name, values in psnr.items()}
-        still, best = list(mean)[1], max(list(mean)[1:], key=mean.get)
+        still, *boxes = list(mean)[1:]
+        best = max(boxes or [still], key=mean.get)
         print(f"{len(psnr['tokens'])} {which} clips: PSNR {mean['tokens']:.2f} dB (mean over frames, then clips)\n"
               f"as many numbers as the mean frame, {still}: {mean[still]:.2f} dB; as a thumbnail, {best}: "
               f"{mean[best]:.2f} dB")
