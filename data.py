@@ -326,14 +326,21 @@ def scan(files, root, index_path):
             found["error"] = f"{type(problem).__name__}: {problem}"
         return key, found
 
-    with ThreadPoolExecutor() as pool:                  # the decoder releases the interpreter lock
-        bar = tqdm(pool.map(entry, files), total=len(files), desc="scanning videos", unit="file", leave=False)
-        fresh = dict(bar)
-    if fresh != index:
+    def write(found):
         index_path.parent.mkdir(parents=True, exist_ok=True)
         part = index_path.with_suffix(f".{os.getpid()}")            # every process of a torchrun may write one
-        part.write_text("{" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in fresh.items()) + "}")
+        part.write_text("{" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "}")
         part.replace(index_path)
+
+    fresh = {}
+    with ThreadPoolExecutor() as pool:                  # the decoder releases the interpreter lock
+        bar = tqdm(pool.map(entry, files), total=len(files), desc="scanning videos", unit="file", leave=False)
+        for key, found in bar:
+            fresh[key] = found
+            if len(fresh) % 5000 == 0 and {**index, **fresh} != index:
+                write({**index, **fresh})               # a scan that is stopped after hours goes on from here
+    if fresh != index:
+        write(fresh)
     return fresh
 
 

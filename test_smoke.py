@@ -653,7 +653,7 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
     """Catches unsaved state, and clips or noise that start over: 3 steps, SIGTERM, 3 steps are 6 steps, bit by bit."""
     gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=0, gan_start=1,
                batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2, resolution=16)
-    module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6})),
+    module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6, "eval_every": 6})),
                     "gan with workers": (nerv_vae, flags({**TINY, **gan, "steps": 6})),
                     "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 6, "scheduled_sampling": 1.0,
                                                                      "ss_ramp": 0.0})])}[stage]
@@ -672,7 +672,7 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
     monkeypatch.setattr(module, "update_ema", keep)
     stopped = torch.load(tmp_path / "halves/ckpt.pt", weights_only=True)
     assert stopped["step"] == 3
-    if stage != "dit":                                  # usable as it is: averaged weights, with statistics of their own
+    if stage != "dit":                                  # usable as it is: averaged weights with their own statistics
         assert stopped["ema"]["encoder.norm.num_batches_tracked"] > 0
         log = [json.loads(line) for line in open(tmp_path / "whole/log.jsonl")]
         assert whole["best"] == max(row.get("psnr_held_out", row.get("psnr_train", -math.inf)) for row in log)
