@@ -93,7 +93,8 @@ class Config:
     # optimisation
     batch: int = 8                  # B, clips per step (paper E.17: 32)
     steps: int = 4000               # optimizer steps (paper A.1: 2M)
-    lr: float = 2e-3                # AdamW's peak learning rate (paper A.1: 1e-4)
+    lr: float = 2e-3                # peak learning rate (paper A.1: 1e-4)
+    muon: bool = False              # Muon for the matrices of the encoder's blocks (departs: AdamW for all, A.1)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
@@ -120,8 +121,8 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
             "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 46.8M, A.2: 47.6M
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
             "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
-LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, tokens=64, token_dim=64, enc_depth=4,
-              enc_dim=192, kl_weight=5e-7, steps=14_000, lr=1e-3)   # a folder of real videos at 32 x 32 x 8, on a CPU
+LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
+              steps=12_000, lr=1e-3, muon=True)                  # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
@@ -594,7 +595,7 @@ def leave(step, path, heard, saved):
     raise SystemExit(128 + heard)
 
 
-def guarded_step(opt, model, limit, bad):
+def guarded_step(opt, model, limit, bad, muon=None):
     """Average gradients over ranks, clip them to norm `limit`, step; but skip the step where one is not finite.
 
     `bad` (2,) counts the skipped steps: all, and in a row. Returns the norm. Nothing here waits for the GPU: AdamW's
@@ -604,6 +605,8 @@ def guarded_step(opt, model, limit, bad):
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     opt.found_inf = (~norm.isfinite()).float()
     opt.step()
+    if muon and norm.isfinite():                        # it has no such form: with --muon the GPU is waited for
+        muon.step()
     bad[0] += opt.found_inf
     bad[1] = (bad[1] + 1) * opt.found_inf
     return norm
@@ -667,8 +670,12 @@ def train(cfg):
     model = NeRVVAE(cfg).to(device)
     ema = NeRVVAE(cfg).to(device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    state = dict(model=model, ema=ema, opt=opt)
+    # Muon's steps, scaled to AdamW's size, share its learning rate. They turn all directions of a matrix equally fast.
+    matrices = [p for p in model.encoder.blocks.parameters() if cfg.muon and p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    opt = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw") if cfg.muon else None
+    state = dict(model=model, ema=ema, opt=opt, **(dict(muon=muon) if muon else {}))
     if cfg.gan_weight:
         critic = Discriminator(cfg).to(device)
         opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)    # MAGVIT's
@@ -700,9 +707,9 @@ def train(cfg):
         noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=device)[mine]              # (B, N, d)
         k = cfg.frames_per_step or cfg.frames
         frame = torch.randperm(cfg.frames, device=device)[:k].sort()[0]             # (k,)
-        for group in opt.param_groups:
+        for group in opt.param_groups + (muon.param_groups if muon else []):
             group["lr"] = learning_rate(step, cfg)
-        opt.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         gan, terms, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
         for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
             # 1. Encode, sample the tokens, decode k frames.
@@ -727,7 +734,7 @@ def train(cfg):
                    posterior_std=(logvar / 2).exp().mean())
             pairs.append((target.transpose(1, 2), recon.detach().transpose(1, 2)))  # (B, 3, k, H, W) each
         # 3. One optimizer step, then the averaged weights follow.
-        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad))
+        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad, muon))
         update_ema(ema, model, cfg.ema, step)
         # 4. Every few steps the critic learns to tell the two apart.
         if gan and (step + 1) % cfg.gan_every == 0:                                 # logged steps among them
