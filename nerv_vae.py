@@ -655,6 +655,8 @@ def train(cfg):
     device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
     if cfg.gan_weight and cfg.frames_per_step not in (0, cfg.frames):
         raise SystemExit("the discriminator looks at whole clips: --gan-weight needs --frames-per-step 0")
+    if cfg.muon and not hasattr(torch.optim, "Muon"):
+        raise SystemExit(f"--muon needs torch 2.9, this is {torch.__version__}; install that or give --no-muon")
     ckpt = resume_or_start(cfg, device, MADE_BY)
     with first_rank_first():
         clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)

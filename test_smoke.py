@@ -652,7 +652,7 @@ def test_ema_formula():
 def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
     """Catches unsaved state, and clips or noise that start over: 3 steps, SIGTERM, 3 steps are 6 steps, bit by bit."""
     gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=0, gan_start=1,
-               batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2, resolution=16)
+               batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2, resolution=16, muon=True)
     module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6, "eval_every": 6})),
                     "gan with workers": (nerv_vae, flags({**TINY, **gan, "steps": 6})),
                     "dit": (nerv_dit, ["--vae", str(run.vae), *flags({**TINY_DIT, "steps": 6, "scheduled_sampling": 1.0,
@@ -678,6 +678,12 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
         assert whole["best"] == max(row.get("psnr_held_out", row.get("psnr_train", -math.inf)) for row in log)
     resumed = torch.load(module.main([*base, "--out", str(tmp_path / "halves")]), weights_only=True)
     assert resumed["step"] == whole["step"] == 6
+    if stage == "gan with workers":                     # each weight has one optimizer, Muon only those of the blocks
+        adam, muon = (whole[key]["state"].values() for key in ("opt", "muon"))
+        sizes = [sum(buffer["exp_avg"].numel() for buffer in adam), sum(b["momentum_buffer"].numel() for b in muon)]
+        matrices = [v.numel() for k, v in whole["model"].items() if "encoder.blocks" in k and v.ndim == 2]
+        learned = dict(nerv_vae.load_vae(tmp_path / "whole/ckpt.pt", "cpu").named_parameters())
+        assert sizes == [sum(p.numel() for p in learned.values()) - sum(matrices), sum(matrices)]
     for part in {"model", "ema", "critic"} & set(whole):
         for name, value in whole[part].items():
             assert torch.equal(value, resumed[part][name]), f"{part}.{name} differs after resuming"
@@ -726,7 +732,7 @@ def test_two_processes_are_one(run, tree, tmp_path, stage):
 def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(tree, tmp_path, monkeypatch):
     """Catches one bad batch that ruins the weights for good, and a run that goes on for days without learning."""
     settings = {**TINY, "dataset": "folder", "data_root": tree, "patch_frames": 2, "gan_weight": 0.0, "workers": 0,
-                "lpips_weight": 0.0, "frames_per_step": 0, "steps": 6, "eval_every": 6}
+                "lpips_weight": 0.0, "frames_per_step": 0, "steps": 6, "eval_every": 6, "muon": True}
     keep, calls = F.mse_loss, []
 
     def bad_third(a, b):
