@@ -598,14 +598,14 @@ def leave(step, path, heard, saved):
 def guarded_step(opt, model, limit, bad, muon=None):
     """Average gradients over ranks, clip them to norm `limit`, step; but skip the step where one is not finite.
 
-    `bad` (2,) counts the skipped steps: all, and in a row. Returns the norm. Nothing here waits for the GPU: AdamW's
-    fused form looks at `found_inf` itself, as it does for torch's gradient scaler.
+    `bad` (2,) counts the skipped steps: all, and in a row. Returns the norm. AdamW never waits for the GPU: its fused
+    form looks at `found_inf` itself, as it does for torch's gradient scaler. Muon has no such form and waits.
     """
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     opt.found_inf = (~norm.isfinite()).float()
     opt.step()
-    if muon and norm.isfinite():                        # it has no such form: with --muon the GPU is waited for
+    if muon and norm.isfinite():
         muon.step()
     bad[0] += opt.found_inf
     bad[1] = (bad[1] + 1) * opt.found_inf
