@@ -84,6 +84,7 @@ class Config:
     # losses (paper Eq. 1)
     kl_weight: float = 1e-6         # times the KL in nats summed over tokens, channels (paper A.1: 1e-5; choice: sum)
     lpips_weight: float = 0.0       # perceptual loss (paper: 1); 0 downloads nothing
+    lpips_start: int = 0            # first step of the perceptual loss: without it, steps cost less (paper: 0)
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
     gan_start: int = 0              # first step of the discriminator and its loss (choice: 100,000 of the paper's 2M)
@@ -94,7 +95,7 @@ class Config:
     batch: int = 8                  # B, clips per step (paper E.17: 32)
     steps: int = 4000               # optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # peak learning rate (paper A.1: 1e-4)
-    muon: bool = False              # Muon for the matrices of the encoder's blocks (departs: AdamW for all, A.1)
+    muon: bool = False              # Muon for the matrices of the encoder (departs: AdamW for all, paper A.1)
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
@@ -122,7 +123,8 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
             "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
             "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
 LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
-              steps=12_000, lr=1e-3, muon=True)                  # a folder of real videos at 32 x 32 x 8, on a CPU
+              lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000, lr=1e-3,
+              muon=True)                                          # a folder of real videos at 32 x 32 x 8, on a CPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
@@ -673,7 +675,7 @@ def train(cfg):
     ema = NeRVVAE(cfg).to(device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     # Muon's steps, scaled to AdamW's size, share its learning rate. They turn all directions of a matrix equally fast.
-    matrices = [p for p in model.encoder.blocks.parameters() if cfg.muon and p.ndim == 2]
+    matrices = [p for p in model.encoder.parameters() if cfg.muon and p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     opt = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw") if cfg.muon else None
@@ -722,8 +724,11 @@ def train(cfg):
             mse, kl = F.mse_loss(recon, target), kl_divergence(mean, logvar)        # scalar, (B, N, d)
             loss = mse + cfg.kl_weight * kl.sum((1, 2)).mean()
             with amp:
-                if cfg.lpips_weight:
-                    close = perceptual(recon.flatten(0, 1), target.flatten(0, 1)).float().mean()
+                if cfg.lpips_weight and step >= cfg.lpips_start:
+                    # Enlarged to 64 where smaller: at 32 its last maps are 1 pixel, and a grid comes out (choice).
+                    pair = [F.interpolate(x.flatten(0, 1), max(64, cfg.resolution), mode="bilinear")
+                            for x in (recon, target)]                               # (B*k, 3, 64 or H, 64 or W) each
+                    close = perceptual(*pair).float().mean()
                     loss = loss + cfg.lpips_weight * close
                     add_up(terms, cfg.grad_accum, lpips=close)
                 if gan:

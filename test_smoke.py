@@ -678,10 +678,10 @@ def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
         assert whole["best"] == max(row.get("psnr_held_out", row.get("psnr_train", -math.inf)) for row in log)
     resumed = torch.load(module.main([*base, "--out", str(tmp_path / "halves")]), weights_only=True)
     assert resumed["step"] == whole["step"] == 6
-    if stage == "gan with workers":                     # each weight has one optimizer, Muon only those of the blocks
+    if stage == "gan with workers":                     # each weight has one optimizer, Muon the encoder's matrices
         adam, muon = (whole[key]["state"].values() for key in ("opt", "muon"))
         sizes = [sum(buffer["exp_avg"].numel() for buffer in adam), sum(b["momentum_buffer"].numel() for b in muon)]
-        matrices = [v.numel() for k, v in whole["model"].items() if "encoder.blocks" in k and v.ndim == 2]
+        matrices = [v.numel() for k, v in whole["model"].items() if "encoder" in k and v.ndim == 2]
         learned = nerv_vae.load_vae(tmp_path / "whole/ckpt.pt", "cpu").parameters()
         assert sizes == [sum(p.numel() for p in learned) - sum(matrices), sum(matrices)]
     for part in {"model", "ema", "critic"} & set(whole):
@@ -817,12 +817,20 @@ def test_gan_and_perceptual_losses_train(tmp_path, monkeypatch):
     """Catches a critic that never steps or an R1 term without gradient; LPIPS is a stand-in with random weights."""
     import lpips
     real = lpips.LPIPS
-    monkeypatch.setattr(lpips, "LPIPS", lambda net, verbose: real(net="squeeze", pnet_rand=True, verbose=False))
+    sizes = set()
+
+    def stand_in(net, verbose):
+        net = real(net="squeeze", pnet_rand=True, verbose=False)
+        net.register_forward_pre_hook(lambda _, pair: sizes.update(tuple(x.shape[2:]) for x in pair))
+        return net
+
+    monkeypatch.setattr(lpips, "LPIPS", stand_in)
     settings = {**TINY, "frames_per_step": 0, "gan_weight": 1.0, "gan_every": 1, "r1_weight": 1.0, "lpips_weight": 1.0,
-                "batch": 2}
+                "lpips_start": 1, "batch": 2}
     path = nerv_vae.main(["--out", str(tmp_path), *flags(settings)])
-    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    first, *_, row = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert {"gan", "lpips", "d_real", "d_fake"} <= set(row) and all(math.isfinite(v) for v in row.values())
+    assert first["step"] == 1 and "lpips" not in first and sizes == {(64, 64)}      # small frames are enlarged
     moved = torch.load(path, weights_only=True)["opt_d"]["state"]
     assert moved and all(s["exp_avg"].abs().sum() > 0 for s in moved.values())
 
