@@ -16,6 +16,7 @@ It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (on
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
 """
+import atexit
 import ctypes
 import dataclasses
 import json
@@ -150,6 +151,7 @@ def pick_device():
             torch.cuda.set_device(device)
         # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)     # else gloo's threads now and then abort a run that is done
     return device
 
 
