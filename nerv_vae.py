@@ -151,8 +151,14 @@ def pick_device():
             torch.cuda.set_device(device)
         # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-        atexit.register(dist.destroy_process_group)     # else gloo's threads now and then abort a run that is done
+        atexit.register(leave_ranks)
     return device
+
+
+def leave_ranks():
+    """Leave the other ranks while Python still runs: gloo's threads abort a finished run if they let go of it later."""
+    dist.destroy_process_group()
+    time.sleep(0.5)                                     # the interpreter's lock is theirs meanwhile
 
 
 def average_gradients(model):
