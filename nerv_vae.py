@@ -156,9 +156,9 @@ def pick_device():
 
 
 def leave_ranks():
-    """Leave the other ranks while Python still runs: gloo's threads abort a finished run if they let go of it later."""
+    """Leave the other ranks before Python shuts down: a gloo thread that frees its last tensor then aborts the run."""
     dist.destroy_process_group()
-    time.sleep(0.5)                                     # the interpreter's lock is theirs meanwhile
+    time.sleep(0.5)                                     # leaves them the interpreter's lock for that
 
 
 def average_gradients(model):
