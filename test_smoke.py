@@ -265,6 +265,19 @@ def test_interpolated_tokens_are_interpolated_kernels():
 
 # ---------------------------------------------------------------------------------------------- known answers: losses
 
+def test_edge_error_of_a_slope(tmp_path):
+    """Catches a direction left out, a brightness that counts, and a term that is logged but not trained on."""
+    down, across = torch.meshgrid(torch.arange(6.0), torch.arange(5.0), indexing="ij")
+    target = torch.randn(2, 4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    recon = target + 0.3 * down - 0.1 * across + 7                                  # (B, k, 3, H, W)
+    assert nerv_vae.edge_error(recon, target).item() == pytest.approx(0.3 ** 2 + 0.1 ** 2, rel=1e-4)
+    nerv_vae.main(["--out", str(tmp_path), *flags({**TINY, "steps": 1, "edge_weight": 2.0, "kl_weight": 0.01})])
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    numbers = TINY["tokens"] * TINY["token_dim"]
+    assert row["edge"] > 0
+    assert row["loss"] == pytest.approx(row["mse"] + 2 * row["edge"] + 0.01 * numbers * row["kl_per_dim"], rel=1e-5)
+
+
 def test_kl_matches_torch():
     """Catches a lost half or a swapped sign in the KL term."""
     mean, logvar = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
