@@ -246,8 +246,8 @@ class VideoFolder:
 
     A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group come from one source
     video, so a split by clip leaks), else a hash of its name. `split` names the groups that train; the rest is held
-    out. Unreadable and short videos are skipped, counted, and listed with the reason in the index. A folder of nothing
-    else still counts as a class, so that a damaged copy numbers the classes like a whole one.
+    out. Unreadable and short videos are skipped and counted; the index has the reason or the frame count. A folder of
+    nothing else still counts as a class, so that a damaged copy numbers the classes like a whole one.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     Raises:  SystemExit with the expected tree where no video can be used
@@ -339,8 +339,8 @@ def scan(files, root, index_path):
             fresh[key] = found
             if len(fresh) % 5000 == 0 and {**index, **fresh} != index:
                 write({**index, **fresh})               # a scan that is stopped after hours goes on from here
-    if fresh != index:
-        write(fresh)
+    if {**index, **fresh} != index:
+        write({**index, **fresh})                       # what it knows of another folder stays
     return fresh
 
 

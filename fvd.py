@@ -35,7 +35,7 @@ class Config:
     fake: str = ""                  # what is judged: the same, but files lose quality, so give a samples.npz
     n: int = 2048                   # most clips of a side: one each of videos drawn by --seed
     frames: int = -1                # T; -1: as a samples.npz on either side, else 16 (toy 8); fewer are its first ones
-    stride: int = -1                # frames of a file between two of a clip, 0 spreads; -1: as a samples.npz, else 1
+    stride: int = -1                # step in the file between frames of a clip, 0 spreads; -1: as a samples.npz, else 1
     resolution: int = -1            # R, height and width in pixels; -1: as a samples.npz, else 128 (toy 32)
     split: str = "all"              # all, train, test or groups such as 1-19,23: of the real side and every ucf:PATH
     features: str = "i3d"           # i3d, random, or a TorchScript file: video (B, 3, T, R, R) in [-1, 1] -> (B, d)

@@ -49,13 +49,15 @@ def layer_plan(cfg):
     Each level doubles the size until the resolution is reached; the last one is 2D wide, and the convolution before
     it widens. With more doublings the widening moves along: at 256 x 256 one more D-wide level appears (64.5M at L).
 
-    Raises: SystemExit when pe_size is not the resolution divided by a power of two
+    Raises: SystemExit for an unknown model, or when pe_size is not the resolution divided by a power of two
     Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
             [128, 64, 3, 3] does not say which axis comes first; pixelshuffle and bilinear (Table 2d) take 3 x 3
             kernels, as A.2's other convolutions
     """
     if cfg.model == "nerv_dec":
         return nerv_dec_plan(cfg)
+    if cfg.model not in NERV_WIDTHS and not cfg.model.isdigit():
+        raise SystemExit(f"--model {cfg.model} is not S, B, L, nerv_dec or a number of channels")
     D, g = NERV_WIDTHS.get(cfg.model) or int(cfg.model), cfg.gen_channels
     doublings = int(math.log2(max(cfg.resolution // cfg.pe_size, 1)))
     if doublings < 1 or cfg.pe_size * 2 ** doublings != cfg.resolution:
@@ -197,7 +199,8 @@ class ModulatedConv2d(nn.Module):
             self.per_token = -(-self.numel // count)
             self.head = head or nn.Linear(columns, self.per_token, bias=False)
             nn.init.normal_(self.head.weight, std=1 / math.sqrt(columns))           # unit tokens give unit numbers
-        self.scale = cfg.kernel_init if self.mode == "channel" else 0.3             # choice: a gain of 1 +- 0.3
+        # Choice for the two that multiply: a gain of 1 +- 0.3, of which a product of two factors takes the root.
+        self.scale = {"channel": cfg.kernel_init, "fmm": 0.3 ** 0.5, "repeat": 0.3}[self.mode]
         # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but on
         # average a pixel sees fewer: in a transposed convolution 2, and 1 for the first and last of 2n; else k, less
         # 1 + 2 + .. + k // 2 over the n pixels at both edges. The std falls by seen / k.
@@ -411,8 +414,6 @@ def main(argv=None):
     parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels (default: 128)")
     parser.add_argument("--gen-channels", type=int, default=64, help="generated block of a D -> D kernel (default: 64)")
     args = parser.parse_args(argv)
-    if args.model not in NERV_WIDTHS and not args.model.isdigit():
-        parser.error(f"--model {args.model} is not S, B, L or a number")
     cfg = SimpleNamespace(**vars(args), pe_size=8, pe_dim=16, upsample="transposed", side="residual")
     plan = layer_plan(cfg)
     row = "{:<12} {:>18} {:>18} {:>18} {:>11} {:>12}"

@@ -10,7 +10,7 @@
 
 It writes out/dit/: tokens-*.npy (the cache), ckpt.pt, log.jsonl, step_XXXXXX.gif (samples).
 
-Letters: B videos, N weight tokens, d channels a token, M cached clips, S = 1000 diffusion times.
+Letters: B videos, N weight tokens, d channels a token, M cached clips.
 Ranges:  tokens are normalised to mean 0, std 1 in here. `t` is diffusion time, an integer: 0 is almost data, 999 is
          almost noise. `guidance` 1 means off.
 """
@@ -105,8 +105,8 @@ def cache_tokens(cfg, vae, device):
         clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
     with_condition = cfg.condition in ("frames", "image", "edge")
     keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
-    names = [os.path.relpath(f, root) for f in clips.files or []]                   # the same wherever the folder lies
-    what = [file_hash(cfg.vae), names, clips.labels.tolist(), cfg.clips_per_video, cfg.seed]
+    files = [(os.path.relpath(f, root), f.stat().st_size) for f in clips.files or []]       # wherever the folder lies
+    what = [file_hash(cfg.vae), files, clips.labels.tolist(), cfg.clips_per_video, cfg.seed]
     what.append(cfg.condition if with_condition else "")
     path = Path(cfg.out) / f"tokens-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.npy"
     notes = path.with_suffix(".json")

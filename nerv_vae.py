@@ -213,7 +213,7 @@ def all_at_one_step(step, path):
 
 def my_share(cfg):
     """The slice of a batch of cfg.batch that this rank works on. Raises SystemExit where it does not divide."""
-    if cfg.batch % (WORLD * cfg.grad_accum):
+    if cfg.grad_accum < 1 or cfg.batch < 1 or cfg.batch % (WORLD * cfg.grad_accum):
         raise SystemExit(f"--batch {cfg.batch} does not divide into {WORLD} processes times --grad-accum "
                          f"{cfg.grad_accum}; --batch is what all of them do together in a step")
     each = cfg.batch // WORLD
@@ -227,6 +227,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise SystemExit(f"{heads} attention heads do not divide a width of {dim}; change one of the two")
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):

@@ -7,11 +7,12 @@
     python sample.py --n 2048 --out out/eval    # for fvd.py; stopped and started again, it goes on
     python sample.py --overview                 # and some clips over their reconstructions over generated ones
     python sample.py --reconstruct --n 256      # original.npz and reconstruction.npz of held-out clips, for fvd.py
-    python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge)
+    python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge);
+                                                # without --predict such a DiT answers n clips that did not train
     python sample.py --interp --video-a a.mp4 --video-b b.mp4       # between two real videos
     python sample.py --compress clip.mp4 --bits 8                   # a video as a few kilobytes: clip.nerv
     python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, clip.nerv.gif
-    python sample.py --weights assets/toy       # any of these with the weights that came along, without training
+    python sample.py --weights assets/toy       # any of these but --predict with the weights that came along
     python sample.py --bench --model S          # how fast this machine runs the paper's sizes: a table, bench.json
 
 Letters: n videos, T frames, H = W pixels, N weight tokens, d channels a token. lambda: 1 is video a, 0 is video b.
@@ -70,7 +71,7 @@ class Config:
     compile: bool = True            # on CUDA: the sampling step compiled, captured once as a graph and replayed
     # where
     dit: str = "out/dit/ckpt.pt"    # checkpoint of nerv_dit.py
-    vae: str = ""                   # checkpoint of nerv_vae.py; empty: the one the DiT was trained on
+    vae: str = ""                   # checkpoint of nerv_vae.py; empty: the DiT's; out/vae/ckpt.pt where none takes part
     weights: str = ""               # NAME of exported ones, in place of --dit and --vae; here: assets/toy
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     out: str = "out/samples"        # folder that everything is written to
@@ -325,11 +326,11 @@ def read_nerv(path):
 # ---------------------------------------------------------------------------------------------- what the flags do
 
 def unseen_clips(cfg, vae):
-    """The clips kept out of training, else those that trained, and what to call them."""
+    """The clips kept out of training; where none were, all of --data-root. And what to call them."""
     # Stage 1 left its index of the videos beside its checkpoint.
     about = replace(vae.cfg, data_root=cfg.data_root or vae.cfg.data_root, out=str(vae.path.parent))
     clips = build_dataset(about, held_out=True)
-    return (clips, "held-out") if len(clips) else (build_dataset(about), "training (--split all held nothing out)")
+    return (clips, "held-out") if len(clips) else (build_dataset(about), "not held-out")
 
 
 def thumbnails(video, floats):
@@ -382,13 +383,24 @@ def generate(cfg, vae, dit, device, out, how):
     """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns the ends of --interp, (2, N, d)."""
     none = len(dit.class_names)
     labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
+    cond, which = torch.tensor(labels, device=device), ""                           # (n,)
+    if dit.by_tokens:
+        clips, which = unseen_clips(cfg, vae)
+        which = f" of {which} clips"
+        order = np.resize(np.random.default_rng(cfg.seed).permutation(len(clips)), cfg.n)           # (n,), in turn
     settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
-                    labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step, **how)
+                    labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step,
+                    condition=dit.cfg.condition + which, **how)
     store = VideoStore(out / "samples.npz", (cfg.n, *clip_shape(vae)), settings)
 
-    cond = torch.tensor(labels, device=device)                                      # (n,)
+    def condition(first, count):
+        if not dit.by_tokens:
+            return cond[first:first + count]                                        # (k,)
+        video = torch.stack([clips[int(v), first + i][0] for i, v in enumerate(order[first:first + count])])
+        return condition_tokens(vae, dit, video.to(device))                         # (k, N, d)
+
     for first in tqdm(range(store.done, cfg.n, cfg.batch), desc="generating", unit="batch", disable=cfg.n <= cfg.batch):
-        store.add(vae.play(draw_tokens(cfg, dit, cond[first:first + cfg.batch], first, how)))
+        store.add(vae.play(draw_tokens(cfg, dit, condition(first, cfg.batch), first, how)))
     store.close(labels)
     for old in out.glob("[0-9][0-9][0-9]_*.mp4"):       # of a run before: others would take them for this one's
         old.unlink()
@@ -402,23 +414,24 @@ def generate(cfg, vae, dit, device, out, how):
     save_video(out / "samples.png", film_strips(videos[:16], cells))
     print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
     if cfg.interp or cfg.time_interp or cfg.extrapolate:                            # the two ends of the way
-        pair = [file_tokens(path, vae, device)[0] if path else draw_tokens(cfg, dit, cond[i:i + 1], i, how)[0]
+        pair = [file_tokens(path, vae, device)[0] if path else draw_tokens(cfg, dit, condition(i, 1), i, how)[0]
                 for i, path in ((0, cfg.video_a), (cfg.n - 1, cfg.video_b))]
         return torch.stack(pair)                                                    # (2, N, d)
 
 
 def overview(cfg, vae, dit, device, out):
-    """One picture: clips, their reconstructions, and the generated videos of the same classes."""
+    """One picture: clips, their reconstructions, and generated videos, of the same classes where clips have them."""
     clips, _ = unseen_clips(cfg, vae)
     made = load_videos(out / "samples.npz", 8)                                      # (8, T, 3, H, W), or fewer
     drawn = np.load(out / "samples.npz")["labels"][:len(made)].tolist()
     first = [np.flatnonzero(clips.labels == label) for label in drawn]
-    real = torch.stack([clips[int(at[0]) if len(at) else i, i][0] for i, at in enumerate(first)])   # (8, T, 3, H, W)
+    shown = [int(at[0]) if len(at) else i % len(clips) for i, at in enumerate(first)]
+    real = torch.stack([clips[clip, i][0] for i, clip in enumerate(shown)])         # (8, T, 3, H, W)
     recon = vae.play(vae.encode(real.to(device))[0])                                # (8, T, 3, H, W)
-    names = [(dit.class_names + ["video"])[label] for label in drawn]
-    labels = [*names, *["reconstruction"] * len(made), *["generated"] * len(made)]
+    labels = [*(clips.classes[clips.labels[clip]] for clip in shown), *["reconstruction"] * len(made),
+              *("generated" if len(at) else "generated: another" for at in first)]
     save_video(out / "overview.gif", tile(torch.cat([real, recon, made]), len(made), labels), cfg.fps)
-    print(f"wrote {out}/overview.gif: clips over their reconstructions over generated videos of the same classes")
+    print(f"wrote {out}/overview.gif: clips over their reconstructions over generated videos")
 
 
 def interpolate(cfg, vae, device, out, tokens):
@@ -462,15 +475,20 @@ def render_times(cfg, vae, device, out, tokens):
     return sheet
 
 
+def condition_tokens(vae, dit, clips):
+    """What a DiT of --condition frames, image or edge is told of clips. Shapes: (k, T, 3, H, W) -> (k, N, d)."""
+    shown = condition_video(clips, dit.cfg.condition)                               # (k, T, 3, H, W)
+    return (vae.encode(shown)[0] - dit.token_mean) / dit.token_std                  # (k, N, d)
+
+
 def predict(cfg, vae, dit, device, out, how):
     """Generate from a real video what the DiT was trained to: its future, its motion, or it from its edges."""
     if not dit.by_tokens:
         raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; --predict needs a DiT trained "
                          "with --condition frames, image or edge")
     clip = file_tokens(cfg.predict, vae, device)[1]                                 # (T, 3, H, W)
-    shown = condition_video(clip, dit.cfg.condition)
-    cond = (vae.encode(shown[None].to(device))[0] - dit.token_mean) / dit.token_std # (1, N, d)
-    batches = cond.expand(cfg.n, -1, -1).split(cfg.batch)
+    shown = condition_video(clip, dit.cfg.condition)                                # (T, 3, H, W)
+    batches = condition_tokens(vae, dit, clip[None].to(device)).expand(cfg.n, -1, -1).split(cfg.batch)
     videos = torch.cat([vae.play(draw_tokens(cfg, dit, part, i * cfg.batch, how)) for i, part in enumerate(batches)])
     rows = torch.cat([torch.stack([clip, shown]), videos])                          # (2 + n, T, 3, H, W)
     names = ["the video", f"shown: {dit.cfg.condition}", *(f"answer {i}" for i in range(cfg.n))]
@@ -696,6 +714,8 @@ def main(argv=None):
     if cfg.device == "cuda" and device.type != "cuda":
         raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
     device = torch.device("cpu") if cfg.device == "cpu" else device
+    if cfg.batch < 0 or cfg.n < 1:
+        raise SystemExit(f"--batch {cfg.batch} --n {cfg.n}: give numbers of videos, 1 or more")
     cfg = replace(cfg, batch=cfg.batch or (1 if cfg.bench else 16))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -738,11 +758,12 @@ def main(argv=None):
         guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)
         how = dict(sampler=dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler,
                    sample_steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
+        if dit.by_tokens and guidance != 1:
+            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}, guidance exaggerates a "
+                             "class: give --guidance 1, or leave it out")
         if cfg.predict:
             predict(cfg, vae, dit, device, out, how)
             return out
-        if dit.by_tokens:
-            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; it needs --predict VIDEO")
         tokens = generate(cfg, vae, dit, device, out, how)
         if cfg.overview:
             overview(cfg, vae, dit, device, out)

@@ -414,6 +414,10 @@ def test_bad_files_are_skipped_counted_and_named(tree, tmp_path, capsys):
     assert [videos.classes[i] for i in videos.labels] == [p.parent.name for p in videos.files]
     index = json.loads((tmp_path / "index.json").read_text())
     assert len(index) == 8 and index["a/text.avi"]["error"] and index["a/text.avi"]["frames"] == 0
+    (tmp_path / "other").mkdir()
+    write_clip(tmp_path / "other/x.mp4")
+    data.build_dataset(folder_config(tmp_path / "other", tmp_path))
+    assert len(json.loads((tmp_path / "index.json").read_text())) == 9              # another folder wipes nothing out
 
 
 def write_clip(path, count=12, size=(48, 64), codec="libx264", pixels="yuv420p", gop=12, stamps=None, **container):
@@ -1299,6 +1303,23 @@ def test_every_condition_and_backbone(run, tree, tmp_path, condition, backbone):
     assert any((sample.main(words)).glob("*.gif"))
 
 
+def test_every_held_out_clip_gets_its_own_answer(run, tmp_path, monkeypatch):
+    """Catches a condition of the wrong clip: where the answer is what was shown, videos are what was shown, decoded."""
+    settings = {**TINY_DIT, "steps": 1, "guidance": 1.0, "condition": "image"}
+    dit = nerv_dit.main(["--vae", str(run.vae), "--out", str(tmp_path), *flags(settings)])
+    seen, still = [], lambda clips: clips[:, :1].expand_as(clips)
+    monkeypatch.setattr(sample, "sample_tokens", lambda dit, cond, *_, **__: cond * dit.token_std + dit.token_mean)
+    monkeypatch.setattr(sample, "condition_video", lambda clips, kind: seen.append(clips) or still(clips))
+    out = sample.main(["--dit", str(dit), "--out", str(tmp_path / "s"), "--n", "5", "--batch", "2"])
+    clips, vae = torch.cat(seen), nerv_vae.load_vae(run.vae, "cpu")                 # (5, 4, 3, 32, 32)
+    want = [vae.play(vae.encode(still(clip[None]))[0])[0] for clip in clips]
+    got = sample.load_videos(out / "samples.npz", 5)
+    torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=2 / 127.5)
+    assert len(clips) == 5 and torch.pdist(clips.flatten(1)).min() > 0
+    with pytest.raises(SystemExit, match="--guidance 1"):
+        sample.main(["--dit", str(dit), "--out", str(tmp_path / "s"), "--guidance", "2"])
+
+
 def test_one_line_for_bad_input(run, tmp_path):
     """Catches tracebacks: each mistake gets one line that names the fix, exit code 1."""
     for main, words, part in [
@@ -1306,7 +1327,9 @@ def test_one_line_for_bad_input(run, tmp_path):
             (sample.main, ["--dit", str(tmp_path / "no.pt")], "--weights assets/toy"),
             (sample.main, ["--dit", str(run.dit), "--classes", "dragon"], "the classes are"),
             (sample.main, ["--dit", str(run.dit), "--predict", "x.mp4"], "--condition frames"),
-            (nerv_vae.main, ["--resolution", "48", "--out", str(tmp_path)], "change --"),
+            (sample.main, ["--dit", str(run.dit), "--batch", "-1"], "1 or more"),
+            (nerv_vae.main, ["--resolution", "48"], "change --"), (nerv_vae.main, ["--model", "XL"], "channels"),
+            (nerv_vae.main, ["--enc-heads", "5"], "divide"), (nerv_vae.main, ["--grad-accum", "0"], "--grad-accum 0"),
             (nerv_vae.main, ["--dataset", "folder", "--data-root", str(tmp_path)], "--data-root")]:
         with pytest.raises(SystemExit) as stop:
             main([*words, "--out", str(tmp_path)])
