@@ -380,7 +380,10 @@ def reconstruct(cfg, vae, device, out):
 
 
 def generate(cfg, vae, dit, device, out, how):
-    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns the ends of --interp, (2, N, d)."""
+    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns the ends of --interp, (2, N, d).
+
+    From classes in turn; or, where the DiT is told of a clip, each from another clip that did not train.
+    """
     none = len(dit.class_names)
     labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
     cond, which = torch.tensor(labels, device=device), ""                           # (n,)
@@ -393,7 +396,7 @@ def generate(cfg, vae, dit, device, out, how):
                     condition=dit.cfg.condition + which, **how)
     store = VideoStore(out / "samples.npz", (cfg.n, *clip_shape(vae)), settings)
 
-    def condition(first, count):
+    def condition(first, count):                        # of videos first, first + 1, ...
         if not dit.by_tokens:
             return cond[first:first + count]                                        # (k,)
         video = torch.stack([clips[int(v), first + i][0] for i, v in enumerate(order[first:first + count])])
