@@ -181,6 +181,17 @@ def test_every_tokenizer_variant(change):
     assert loss.isfinite() and all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["fmm", "repeat"])
+def test_multiplied_kernels_start_alike(mode):
+    """Catches a gain other than 1 +- 0.3: products of two small factors are smaller still."""
+    torch.manual_seed(0)
+    cfg = tiny(parameterization=mode, normalize=False, conv_init=False, model="24", tokens=20)
+    net, z = generative_nerv.GenerativeNeRV(cfg), torch.randn(32, 20, 8)
+    for conv in net.convs:                              # without conv_init, no shared number is near 0
+        gain = conv.kernel(z) / conv.shared
+        assert 0.2 < gain.std() / gain.mean() < 0.4
+
+
 def test_nerv_enc_preset_fits_its_kernels():
     """Catches layers that read other layers' tokens, or other sizes than the appendix's: 4x256, 128x144, 64x288, 0."""
     torch.manual_seed(0)
@@ -862,6 +873,19 @@ def test_cached_tokens_are_the_encoders(run):
         cached, fresh = torch.from_numpy(cache[row, 0].copy()).float(), vae.encode(video[None])[0][0]
         torch.testing.assert_close(cached, fresh, rtol=0.01, atol=0.01)
         assert label == meta["labels"][row]
+
+
+def test_a_replaced_video_is_encoded_again(run, tmp_path):
+    """Catches a stale cache: old tokens of a video that another has replaced under the same name."""
+    (tmp_path / "videos").mkdir()
+    vae, caches = nerv_dit.load_vae(run.vae, "cpu"), []
+    (tmp_path / "ckpt.pt").write_bytes(run.vae.read_bytes())
+    cfg = nerv_dit.Config(f"{tmp_path}/ckpt.pt", dataset="folder", data_root=f"{tmp_path}/videos", out=str(tmp_path))
+    for count in (12, 20):
+        write_clip(tmp_path / "videos/x.mp4", count=count)
+        nerv_dit.cache_tokens(cfg, vae, "cpu")
+        caches.append(len(list(tmp_path.glob("tokens-*.npy"))))
+    assert caches == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------- measurements
