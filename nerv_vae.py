@@ -89,6 +89,7 @@ class Config:
     lpips_start: int = 0            # first step of the perceptual loss: without it, steps cost less (paper: 0)
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
+    gan_channels: int = 64          # width of the discriminator's first layer (paper A.1: 64)
     gan_start: int = 0              # first step of the discriminator and its loss (choice: 100,000 of the paper's 2M)
     gan_every: int = 5              # the discriminator learns every so many steps (paper A.1)
     gan_lr_ratio: float = 0.2       # its learning rate over the autoencoder's (paper A.1: one fifth)
@@ -101,7 +102,7 @@ class Config:
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
-    frames_per_step: int = 2        # frames decoded of each clip in a step, 0 for all: a frame needs no other to decode
+    frames_per_step: int = 2        # frames decoded of each clip in a step, 0 for all; with the GAN it is always all
     grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
@@ -362,13 +363,14 @@ class Discriminator(nn.Module):
 
     Shapes:  video (B, 3, T, H, W) -> (B,) logit, high for real
     Source:  paper Sec. 3.1, A.1 (5 blocks, 64 wide, "multiplier of 2 for each block"). Choice: widths 64 * (2, 4, 4,
-             4, 4) as MAGVIT's, 15.3M parameters at 16 x 128 x 128; doubling five times would need 296M
+             4, 4) as MAGVIT's, 15.3M parameters at 16 x 128 x 128; doubling five times would need 296M. C is the
+             first width, cfg.gan_channels
     """
 
     def __init__(self, cfg):
         super().__init__()
-        widths = [64, 128, 256, 256, 256, 256]
-        size = np.array([cfg.frames_per_step or cfg.frames, cfg.resolution, cfg.resolution])
+        widths = [cfg.gan_channels * times for times in (1, 2, 4, 4, 4, 4)]
+        size = np.array([cfg.frames, cfg.resolution, cfg.resolution])
         conv = lambda a, b: nn.Conv3d(a, b, 3, padding=1)
         self.stem = conv(3, widths[0])
         self.blocks = nn.ModuleList(
@@ -383,11 +385,11 @@ class Discriminator(nn.Module):
     def forward(self, video):
         lrelu = lambda x: F.leaky_relu(x, 0.2)
         halve = lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)     # 16 frames: 1 after 4
-        x = lrelu(self.stem(video))                                                 # (B, 64, T, H, W)
+        x = lrelu(self.stem(video))                                                 # (B, C, T, H, W)
         for block in self.blocks:
             y = lrelu(block["b"](halve(lrelu(block["a"](x)))))                      # (B, wider, T/2, H/2, W/2)
             x = (y + block["side"](halve(x))) / math.sqrt(2)
-        x = lrelu(self.last(x)).flatten(1)                                          # (B, 256 * T/32 * H/32 * W/32)
+        x = lrelu(self.last(x)).flatten(1)                                          # (B, 4C * T/32 * H/32 * W/32)
         return self.logit(lrelu(self.fc(x)))[:, 0]                                  # (B,)
 
 
@@ -677,8 +679,6 @@ def evaluate(model, clips, picture):
 def train(cfg):
     """Train stage 1; write out/ckpt.pt, out/best.pt, out/log.jsonl and pictures. Returns the checkpoint's path."""
     device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
-    if cfg.gan_weight and cfg.frames_per_step not in (0, cfg.frames):
-        raise SystemExit("the discriminator looks at whole clips: --gan-weight needs --frames-per-step 0")
     if cfg.muon and not hasattr(torch.optim, "Muon"):
         raise SystemExit(f"--muon needs torch 2.9, this is {torch.__version__}; install that or give --no-muon")
     ckpt = resume_or_start(cfg, device, MADE_BY)
@@ -731,12 +731,12 @@ def train(cfg):
         torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
         video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W), B of this rank
         noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=device)[mine]              # (B, N, d)
-        k = cfg.frames_per_step or cfg.frames
+        gan, terms, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
+        k = cfg.frames if gan else cfg.frames_per_step or cfg.frames                # the critic looks at whole clips
         frame = torch.randperm(cfg.frames, device=device)[:k].sort()[0]             # (k,)
         for group in opt.param_groups + (muon.param_groups if muon else []):
             group["lr"] = learning_rate(step, cfg)
         model.zero_grad(set_to_none=True)
-        gan, terms, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
         for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
             # 1. Encode, sample the tokens, decode k frames.
             with amp:

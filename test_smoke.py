@@ -679,7 +679,7 @@ def test_ema_formula():
 @pytest.mark.parametrize("stage", ["vae", "gan with workers", "dit"])
 def test_resume_is_exact(run, tree, tmp_path, monkeypatch, stage):
     """Catches unsaved state, and clips or noise that start over: 3 steps, SIGTERM, 3 steps are 6 steps, bit by bit."""
-    gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=0, gan_start=1,
+    gan = dict(dataset="folder", data_root=tree, workers=2, gan_weight=1.0, gan_every=2, frames_per_step=2, gan_start=1,
                batch=2, lpips_weight=0.0, kernel_init=0.1, patch_frames=2, resolution=16, muon=True)
     module, base = {"vae": (nerv_vae, flags({**TINY, "steps": 6, "eval_every": 6})),
                     "gan with workers": (nerv_vae, flags({**TINY, **gan, "steps": 6})),
@@ -842,23 +842,29 @@ def test_resume_refuses_other_settings(run):
 
 
 def test_gan_and_perceptual_losses_train(tmp_path, monkeypatch):
-    """Catches a critic that never steps or an R1 term without gradient; LPIPS is a stand-in with random weights."""
+    """Catches a critic that never steps or sees parts of clips, R1 without gradient; LPIPS is one of random weights."""
     import lpips
-    real = lpips.LPIPS
-    sizes = set()
+    real, look = lpips.LPIPS, nerv_vae.Discriminator.forward
+    sizes, frames = set(), set()
 
     def stand_in(net, verbose):
         net = real(net="squeeze", pnet_rand=True, verbose=False)
-        net.register_forward_pre_hook(lambda _, pair: sizes.update(tuple(x.shape[2:]) for x in pair))
+        net.register_forward_pre_hook(lambda _, pair: sizes.update(tuple(x.shape) for x in pair))
         return net
 
+    def whole_clips(critic, video):
+        frames.add(video.shape[2])
+        return look(critic, video)
+
     monkeypatch.setattr(lpips, "LPIPS", stand_in)
-    settings = {**TINY, "frames_per_step": 0, "gan_weight": 1.0, "gan_every": 1, "r1_weight": 1.0, "lpips_weight": 1.0,
-                "lpips_start": 1, "batch": 2}
+    monkeypatch.setattr(nerv_vae.Discriminator, "forward", whole_clips)
+    settings = {**TINY, "frames_per_step": 1, "gan_weight": 1.0, "gan_every": 1, "gan_channels": 8, "r1_weight": 1.0,
+                "lpips_weight": 1.0, "lpips_start": 1, "gan_start": 2, "batch": 2, "steps": 3, "eval_every": 3}
     path = nerv_vae.main(["--out", str(tmp_path), *flags(settings)])
     first, *_, row = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert {"gan", "lpips", "d_real", "d_fake"} <= set(row) and all(math.isfinite(v) for v in row.values())
-    assert first["step"] == 1 and "lpips" not in first and sizes == {(64, 64)}      # small frames are enlarged
+    assert first["step"] == 1 and "lpips" not in first                              # small frames are enlarged; all
+    assert sizes == {(2 * 1, 3, 64, 64), (2 * 4, 3, 64, 64)} and frames == {4}      # are decoded once the critic looks
     moved = torch.load(path, weights_only=True)["opt_d"]["state"]
     assert moved and all(s["exp_avg"].abs().sum() > 0 for s in moved.values())
 
