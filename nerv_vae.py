@@ -102,7 +102,7 @@ class Config:
     warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
     clip: float = 1.0               # largest gradient norm (choice)
     ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
-    frames_per_step: int = 2        # frames decoded of each clip in a step, 0 for all; with the GAN it is always all
+    frames_per_step: int = 2        # frames decoded of a clip in a step (none needs another); 0: all, as ever with GAN
     grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
