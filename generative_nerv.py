@@ -135,6 +135,20 @@ def positional_embedding(frame, size, dim, base):
 
 # ---------------------------------------------------------------------------------------------- one layer
 
+def bilinear(x):
+    """Bilinear x2, as F.interpolate. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
+    if x.device.type == "cpu":
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return bilinear_by_matrices(x)                      # the other walks through all n * c maps for each pixel of a GPU
+
+
+def bilinear_by_matrices(x):
+    """The same as a product with a fixed matrix a side. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
+    rows, columns = (F.interpolate(torch.eye(n, dtype=x.dtype, device=x.device)[None], scale_factor=2, mode="linear")[0]
+                     for n in x.shape[-2:])                                         # (h, 2h), (w, 2w)
+    return rows.T @ (x @ columns)
+
+
 def convolve(x, kernel, kind, groups=1):
     """The linear part of a layer: `kernel` (groups * c_out, c_in, k, k) applied to x (n, groups * c_in, H, W)."""
     k = kernel.shape[-1]
@@ -148,7 +162,7 @@ def convolve(x, kernel, kind, groups=1):
         kernel = kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)    # (groups*c_in, c_out, k, k)
         return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=groups)
     if kind == "bilinear":
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        x = bilinear(x)
     return F.conv2d(x, kernel, padding=k // 2, groups=groups)
 
 
@@ -249,7 +263,8 @@ class ModulatedConv2d(nn.Module):
         by_video = x.view(TB // B, B, c_in, H, W)                                   # (T, B, c_in, H, W)
         if self.assemble:                               # channels of all videos side by side, a group for each video
             y = convolve(by_video.flatten(1, 2), self.kernel(tokens).flatten(0, 1), kind, groups=B)
-            y = y.view(TB, c_out, *y.shape[-2:]) + self.bias[:, None, None]
+            y = y.view(TB, c_out, *y.shape[-2:])
+            y = y + self.bias.to(y.dtype)[:, None, None]
         else:
             shared = self.shared
             block = shared[:go, :gi] + self.generated(tokens).view(B, go, gi, k, k)             # (B, go, gi, k, k)
@@ -258,9 +273,9 @@ class ModulatedConv2d(nn.Module):
                 inside = block.float().square().sum((2, 3, 4)) + same[:go, gi:].sum(1)              # (B, go)
                 energy = torch.cat([inside, same[go:].sum(1).expand(B, -1)], 1)                     # (B, c_out)
                 scale = ((energy + 1e-8).rsqrt() * self.gain)[:, :, None, None]     # (B, c_out, 1, 1)
-            bias = self.bias[:, None, None]
             y = convolve(by_video[:, :, :gi].flatten(1, 2), block.flatten(0, 1), kind, groups=B)    # (T, B*go, H', W')
             y = y.view(TB // B, B, go, *y.shape[-2:])                               # (T, B, go, H', W')
+            scale, bias = scale.to(y.dtype), self.bias.to(y.dtype)[:, None, None]   # or autocast's bfloat16 ends here
             if gi < c_in:
                 y = y + convolve(x[:, gi:], shared[:go, gi:], kind).view_as(y)
             y = torch.addcmul(bias[:go], y, scale[:, :go])
@@ -281,7 +296,8 @@ class PlainConv2d(nn.Module):
         self.register_buffer("bias", conv.bias.detach().clone())
 
     def forward(self, x):
-        y = convolve(x, self.kernel, self.layer.kind) + self.bias[:, None, None]
+        y = convolve(x, self.kernel, self.layer.kind)
+        y = y + self.bias.to(y.dtype)[:, None, None]
         return F.pixel_shuffle(y, self.layer.shuffle) if self.layer.shuffle > 1 else y
 
 
@@ -306,7 +322,7 @@ def layer_token_slices(cfg, layers):
 
 def upsample_side(x, width):
     """Parameter-free side connection: bilinear x2, channels repeated where the block widens (paper A.1; choice)."""
-    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    x = bilinear(x)
     return x.repeat(1, width // x.shape[1], 1, 1) if x.shape[1] != width else x
 
 

@@ -713,7 +713,8 @@ def train(cfg):
             thing.load_state_dict(ckpt[key])
         ckpt = None                                     # it lies on the GPU; model and ema have copied their parts
     all_at_one_step(step, path)
-    forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
+    # Of static shapes, as k has two values at most. We go on saving `model`.
+    forward = torch.compile(model, dynamic=False) if cfg.compile and device.type == "cuda" else model
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
 
     def save(path):

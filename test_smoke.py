@@ -268,6 +268,30 @@ def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
                 torch.testing.assert_close(out[t, b], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_bilinear_by_matrices_is_interpolation():
+    """Catches a wrong weight at an edge and two sides mixed up, in the form that only a GPU takes."""
+    x = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(generative_nerv.bilinear_by_matrices(x), F.interpolate(x, scale_factor=2, mode="bilinear"))
+
+
+@pytest.mark.parametrize("assemble", [False, True])
+def test_autocast_reaches_the_whole_decoder(assemble):
+    """Catches a float32 scale or bias that makes feature maps float32 again, which is slower and twice the memory."""
+    torch.manual_seed(0)
+    decoder, z, frame = generative_nerv.GenerativeNeRV(tiny()), torch.randn(2, 6, 8), torch.arange(3.0)
+    types = []
+    for conv in decoder.convs:
+        conv.assemble = assemble
+        conv.register_forward_hook(lambda _, inputs, y: types.append(y.dtype))
+    with torch.no_grad():
+        exact = decoder(z, frame)
+        del types[:]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = decoder(z, frame)
+    assert types == [torch.bfloat16] * len(decoder.convs)
+    assert (out - exact).square().mean() < 0.05 ** 2 * exact.square().mean()
+
+
 def test_interpolated_tokens_are_interpolated_kernels():
     """Catches a non-linear step between tokens and kernels, which would break weight interpolation (Sec. 4.5.2)."""
     conv, a, b = generative_nerv.GenerativeNeRV(tiny()).convs[3], torch.randn(1, 6, 8), torch.randn(1, 6, 8)
