@@ -271,7 +271,8 @@ def test_factored_convolution_is_a_loop_over_videos(kind, assemble):
 def test_bilinear_by_matrices_is_interpolation():
     """Catches a wrong weight at an edge and two sides mixed up, in the form that only a GPU takes."""
     x = torch.randn(2, 3, 5, 4)
-    torch.testing.assert_close(generative_nerv.bilinear_by_matrices(x), F.interpolate(x, scale_factor=2, mode="bilinear"))
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(generative_nerv.bilinear_by_matrices(x), expected)
 
 
 @pytest.mark.parametrize("assemble", [False, True])
