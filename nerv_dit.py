@@ -43,7 +43,7 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|nerv_enc: preset row; left out: the tokenizer's
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; else tokenizer's
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)
@@ -85,7 +85,10 @@ PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1
              ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8,
              log_every=100, eval_every=10_000)
 LAPTOP = dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700)
-PRESETS = {"toy": {}, "laptop": LAPTOP, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER, "nerv_enc": PAPER,
+WORKSTATION = dict(clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True,
+                   compile=True, workers=8, eval_every=3700)
+PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
+           "nerv_enc": PAPER,
            "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
 MADE_BY = "python nerv_dit.py"                          # stands in the checkpoint
 
