@@ -43,7 +43,7 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; else tokenizer's
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; left out: --vae's
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
     clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)

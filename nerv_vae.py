@@ -128,10 +128,10 @@ NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False,
 LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
               edge_weight=1.0, lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000, lr=1e-3,
               muon=True)                                          # a folder of real videos at 32 x 32 x 8, on a CPU
-WORKSTATION = {**LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "workers": 8, "model": "S", "tokens": 64,
-               "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384, "lpips_start": 1000,
-               "gan_weight": 0.1, "gan_start": 2125, "gan_every": 1, "gan_lr_ratio": 2.0, "batch": 32, "steps": 2500,
-               "warmup": 200, "frames_per_step": 4, "bf16": True}  # the same at 64 x 64 x 16, minutes on one large GPU
+WORKSTATION = {**LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "in_memory": False, "workers": 8, "model": "S",
+               "tokens": 64, "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384,
+               "gan_weight": 0.1, "gan_start": 2125, "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000,
+               "batch": 32, "steps": 2500, "warmup": 200, "frames_per_step": 4, "bf16": True}   # minutes on a large GPU
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
            "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint

@@ -277,20 +277,22 @@ def test_bilinear_by_matrices_is_interpolation():
 
 @pytest.mark.parametrize("assemble", [False, True])
 def test_autocast_reaches_the_whole_decoder(assemble):
-    """Catches a float32 scale or bias that makes feature maps float32 again, which is slower and twice the memory."""
+    """Catches a float32 scale, bias or sum that makes feature maps float32 again: slower, and twice the memory."""
     torch.manual_seed(0)
     decoder, z, frame = generative_nerv.GenerativeNeRV(tiny()), torch.randn(2, 6, 8), torch.arange(3.0)
-    types = []
     for conv in decoder.convs:
         conv.assemble = assemble
-        conv.register_forward_hook(lambda _, inputs, y: types.append(y.dtype))
-    with torch.no_grad():
-        exact = decoder(z, frame)
-        del types[:]
-        with torch.autocast("cpu", torch.bfloat16):
-            out = decoder(z, frame)
-    assert types == [torch.bfloat16] * len(decoder.convs)
-    assert (out - exact).square().mean() < 0.05 ** 2 * exact.square().mean()
+    plain = decoder.instantiate(z[0])
+    for net, run in ((decoder, lambda: decoder(z, frame)[0]), (plain, lambda: plain(frame))):
+        types = []
+        with torch.no_grad():
+            exact = run()
+            for conv in net.convs:
+                conv.register_forward_hook(lambda _, inputs, y: types.extend([inputs[0].dtype, y.dtype]))
+            with torch.autocast("cpu", torch.bfloat16):
+                out = run()
+        assert types[1:] == [torch.bfloat16] * (2 * len(net.convs) - 1)             # 0: the sinusoids
+        assert (out - exact).square().mean() < 0.05 ** 2 * exact.square().mean()
 
 
 def test_interpolated_tokens_are_interpolated_kernels():
