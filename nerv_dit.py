@@ -88,8 +88,7 @@ LAPTOP = dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700)
 WORKSTATION = dict(clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True,
                    compile=True, workers=8, eval_every=3700)
 PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
-           "nerv_enc": PAPER,
-           "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
+           "nerv_enc": PAPER, "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
 MADE_BY = "python nerv_dit.py"                          # stands in the checkpoint
 
 
