@@ -1,296 +1,265 @@
 """FVD and its company, every number printed with the protocol behind it.
 
-    python fvd.py --real ucf:UCF-101 --fake samples.npz                  # FVD at 2048 clips a side
-    python fvd.py --real original.npz --fake reconstruction.npz          # rFVD, PSNR, SSIM, LPIPS, fLPIPS, flickering
-    python fvd.py --real toy --fake samples.npz --features random        # offline: FD-random, which is not FVD
-    python fvd.py --tokens out/dit/tokens-KEY.npy                        # is the latent Gaussian, dead, clustered?
+    python fvd.py --real UCF-101 --fake out/samples                  # FVD at 2048 clips a side
+    python fvd.py --real out/rec --fake out/rec                      # of sample.py --reconstruct: rFVD, PSNR, SSIM, ..
+    python fvd.py --real UCF-101 --fake out/long --frames 128 --action-similarity 16        # Tables A9, A10
+    python fvd.py --dataset k600 --real k600/val --fake out/k600     # shrunk to 64 x 64 pixels before the features
+    python fvd.py --real toy --fake out/samples --features random    # offline: FD-random, which is not FVD
+    python fvd.py --tokens out/vae/tokens-KEY.npy                    # is the latent Gaussian, dead, clustered?
+    python fvd.py --real toy --fake out/samples --features random --n 16384 --novelty 8 \\
+                  --tokens out/vae/tokens-KEY.npy                    # are the samples new, or remembered?
 
 Both sides go one way: clips, rounded to bytes -> network -> features (n, d), kept -> every statistic of them.
+A folder that sample.py wrote is read through its clips on disk, samples.npy, never through its mp4 and pictures.
 Letters: B videos (B, T, 3, R, R) in [-1, 1], T frames, R = H = W pixels, n and m clips of a side, d features of a clip.
 """
-import dataclasses
-import hashlib
 import json
+import re
 import warnings
-import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import build_dataset, load_lpips, parse_config, save_video, tile
+from data import (Videos, alone, build_dataset, file_hash, from_uint8, load_lpips, parse_config,
+                  progress, psnr, save_video, tile, to_uint8, write_file)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one measurement: the paper's where it names them (Sec. 4.1: 2048 videos), the rest is choice."""
+    """Settings of one measurement: the paper's where it names them (Sec. 4.1: 2048 videos), else choice.
 
-    dataset: str = "any"            # any|k600: row of presets; k600 shrinks clips to 64 x 64 before the features (LARP)
-    real: str = ""                  # what is true: samples.npz, a folder of videos, ucf:PATH or toy
-    fake: str = ""                  # what is judged: the same, but files lose quality, so give a samples.npz
-    n: int = 2048                   # most clips of a side: one each of videos drawn by --seed
-    frames: int = -1                # T; -1: as a samples.npz on either side, else 16 (toy 8); fewer are its first ones
-    stride: int = -1                # step in the file between frames of a clip, 0 spreads; -1: as a samples.npz, else 1
-    resolution: int = -1            # R, height and width in pixels; -1: as a samples.npz, else 128 (toy 32)
-    split: str = "all"              # all, train, test or groups such as 1-19,23: of the real side and every ucf:PATH
-    features: str = "i3d"           # i3d, random, or a TorchScript file: video (B, 3, T, R, R) in [-1, 1] -> (B, d)
+    A side is a folder of videos, what sample.py wrote (its folder, or a .npy in it), or toy.
+    """
+
+    dataset: str = "any"            # any|k600: row of presets; k600 measures at 64 x 64 (LARP)
+    real: str = ""                  # the side that is true; with --novelty, what trained
+    fake: str = ""                  # the side that is judged; mp4 files have lost quality
+    n: int = 2048                   # 4..: most clips of a side, one of each video, drawn by --seed
+    frames: int = -1                # -1..: T, the first ones of a clip; -1: as on disk, else 16
+    stride: int = -1                # -1..: from frame to frame, 0 spreads; -1: as on disk, else 1
+    resolution: int = -1            # -1..: R, height and width; -1: as on disk, else 128
+    split: str = "all"              # of the real side: all, train, test or groups such as 1-19,23
+    features: str = "i3d"           # i3d, random, or TorchScript: (B, 3, T, R, R) -> (B, d)
     i3d: str = ""                   # path of i3d_torchscript.pt where it cannot be downloaded
-    c3d: str = ""                   # path of StyleGAN-V's c3d_ucf101.pt: adds the Inception Score of C3D
-    fvd_resolution: int = 0         # bring clips to this size just before the features; 0 leaves them
-    bias_curve: bool = False        # the distance at n, n/2, n/4 .. clips of each side
-    nearest: int = 0                # this many fake clips over their nearest real ones, in a png beside --out
-    paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for sample.py --reconstruct's pair
-    lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: of LPIPS, fLPIPS; auto: alex for a pair (choice)
-    action_similarity: int = 0      # window in frames: cosine between the features of a long clip's windows
-    tokens: str = ""                # token cache of nerv_dit.py, tokens-KEY.npy: statistics of the latent
-    batch: int = 16                 # B, clips that go through a network at a time
-    out: str = "out/fvd.json"       # the results; a sheet and the index of a folder go beside it
-    seed: int = 0                   # fixes the drawn clips, halves, resamples and token noise
+    c3d: str = ""                   # path of StyleGAN-V's c3d_ucf101.pt: adds C3D's Inception Score
+    fvd_resolution: int = 0         # 0..: size of clips just before the features; 0 leaves them
+    novelty: int = 0                # 0..: new or remembered? with a picture of so many closest pairs
+    paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for --reconstruct
+    lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: auto is alex for a pair (choice)
+    action_similarity: int = 0      # 0..: frames of the windows of a clip whose features are compared
+    tokens: str = ""                # cache of nerv_dit.py: statistics of the latent, and --novelty
+    batch: int = 16                 # 1..: B, clips that go through a network at a time
+    out: str = "out/fvd.json"       # results; a picture and the index of a folder go beside it
+    seed: int = 0                   # 0..4294967295: fixes the draws, and toy clips (as in training)
 
 
 PRESETS = {"any": {}, "k600": dict(fvd_resolution=64)}
-I3D_URLS = ("https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1", "https://huggingface.co/flateon/"
-            "FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt")
-I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-GET_I3D = f"get i3d_torchscript.pt (51,235,320 bytes, sha256 {I3D_SHA256}) from\n  " + "\n  ".join(I3D_URLS)
 
 
-# ---------------------------------------------------------------------------------------------- statistics of features
+# ---------------------------------------------------------------------------------------------- distances
 
 def frechet_distance(a, b):
     """Squared distance between Gaussians fitted to two sets of features; biased upward by about c (1/n + 1/m).
 
     Shapes:  a (n, d), b (m, d) -> float
     Raises:  ValueError for fewer than 2 rows, unequal widths or values that are not finite
-    Source:  FVD (arXiv 1812.01717). Choice: float64 and singular values; float32 and matrix roots miss by whole tenths
+    Source:  **paper** (Sec. 4.1), FVD of arXiv 1812.01717
+             **choice** (paper silent): float64 and singular values, as float32 and matrix roots miss by whole tenths
     """
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1] or not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows or more, one width, finite values")
-    a, b = a.double(), b.double()
-    # A covariance is R^T R, with R the triangle of the centred rows; trace sqrt(cov_a cov_b) is then the sum of the
-    # singular values of R_a R_b^T, also where n <= d makes the covariance singular.
-    r_a, r_b = (torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5 for x in (a, b))   # (min(n, d), d)
-    cross = torch.linalg.svdvals(r_a @ r_b.T).sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * cross
-    return max(0.0, distance.item())
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows and one width")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("the features are not finite")
+    a = a.double()
+    b = b.double()
+    root_a = covariance_root(a)
+    root_b = covariance_root(b)
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    spread = root_a.square().sum() + root_b.square().sum()              # trace of both covariances
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()               # trace sqrt(cov_a cov_b)
+    return max(0.0, (shift + spread - 2 * cross).item())
+
+
+def covariance_root(x):
+    """R with R^T R = covariance of the rows, which may be singular. Shapes: (n, d) -> (min(n, d), d)."""
+    return torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5
 
 
 def inception_score(probabilities):
-    """exp of the mean KL of each clip's class probabilities from their average (arXiv 1606.03498). (n, k) -> float."""
+    """exp of the mean KL of each clip's class probabilities from their average. Shapes: (n, k) -> float.
+
+    Source:  **paper** (Table 1), IS of arXiv 1606.03498
+             **choice** (paper silent): one split, as a tenth of the clips scores too low
+    """
     p = probabilities.double()
-    return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item()
-
-
-def frechet_rows(name, real, fake, cfg):
-    """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> {name: (value, note)}."""
-    rng, (n, d), m, half = torch.Generator().manual_seed(cfg.seed), real.shape, len(fake), len(real) // 2
-    real, fake = real[torch.randperm(n, generator=rng)], fake[torch.randperm(m, generator=rng)]     # out of class order
-    again = [frechet_distance(real, fake[torch.randint(m, (m,), generator=rng)]) for _ in range(5)]
-    floor = frechet_distance(real[:half], real[half:])
-    bias = floor * (1 / n + 1 / m) / (1 / half + 1 / (n - half))                    # it goes with 1/n + 1/m
-    if min(n, m) < 2 * d:
-        print(f"warning: {min(n, m)} clips are less than 2 x {d} features: {name} is biased upward by about {bias:.3g}")
-    rows = {name: (frechet_distance(real, fake), f"{n} real, {m} fake clips; bias near {bias:.3g} if unpaired"),
-            f"{name} spread": (float(np.std(again, ddof=1)), "standard deviation over 5 bootstraps of the fake side"),
-            f"{name} floor": (floor, f"real against real, {half} against {n - half} other clips")}
-    for k in (min(n, m) >> i for i in range(5) if cfg.bias_curve and min(n, m) >> i > 1):
-        rows[f"{name} n={k}"] = frechet_distance(real[:k], fake[:k]), "bias curve, nearly a line against 1/n"
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------- pixels
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio of each frame in dB, 120 at most. Shapes: (..., T, 3, H, W) x 2 -> (..., T)."""
-    check_pair(a, b)
-    return -10 * ((a.double() - b.double()) / 2).square().mean((-3, -2, -1)).clamp(min=1e-12).log10()
+    kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))                  # (n, k)
+    return kl.sum(1).mean().exp().item()
 
 
 def ssim(a, b):
-    """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) x 2 -> (..., T).
+    """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) in [-1, 1], twice -> (..., T).
 
-    Source:  Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5, K1 0.01, K2 0.03; valid region, mean over RGB
+    Source:  **paper** (Table A4), SSIM of Wang et al. 2004
+             **choice** (paper silent): no padding, mean over red, green and blue
     """
-    check_pair(a, b)
-    x, y = ((v.flatten(0, -4).double() + 1) / 2 for v in (a, b))                    # (frames, 3, H, W) in [0, 1]
-    window = torch.exp(-(torch.arange(11, device=a.device).double() - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (window / window.sum()).expand(3, 1, 1, 11)
-    blur = lambda v: F.conv2d(F.conv2d(v, window, groups=3), window.mT, groups=3)   # (frames, 3, H-10, W-10)
-    mean_x, mean_y = blur(x), blur(y)
-    variances, cov = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
+    x = (a.flatten(0, -4).double() + 1) / 2                             # (frames, 3, H, W) in [0, 1]
+    y = (b.flatten(0, -4).double() + 1) / 2
+    mean_x = blur(x)
+    mean_y = blur(y)
+    variances = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
+    covariance = blur(x * y) - mean_x * mean_y
     light = (2 * mean_x * mean_y + 0.01 ** 2) / (mean_x ** 2 + mean_y ** 2 + 0.01 ** 2)
-    return (light * (2 * cov + 0.03 ** 2) / (variances + 0.03 ** 2)).mean((1, 2, 3)).view(a.shape[:-3])
+    structure = (2 * covariance + 0.03 ** 2) / (variances + 0.03 ** 2)
+    return (light * structure).mean((1, 2, 3)).view(a.shape[:-3])
+
+
+def blur(x):
+    """SSIM's Gaussian window of 11 x 11, sigma 1.5, no padding. Shapes: (n, 3, H, W) -> (n, 3, H - 10, W - 10)."""
+    offset = torch.arange(11, device=x.device, dtype=x.dtype) - 5
+    window = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
+    window = (window / window.sum()).expand(3, 1, 1, 11)
+    x = F.conv2d(x, window, groups=3)
+    return F.conv2d(x, window.mT, groups=3)
 
 
 def lpips_distance(a, b, net):
-    """Perceptual distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) x 2 -> (..., T)."""
-    check_pair(a, b)
+    """Perceptual distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) twice -> (..., T)."""
     return net(a.flatten(0, -4), b.flatten(0, -4)).view(a.shape[:-3])
 
 
-def check_pair(a, b):
-    """ValueError where two videos cannot be compared pixel by pixel: other shapes, or values outside [-1, 1]."""
-    peak = torch.maximum(a.abs().max(), b.abs().max()).item()
-    if a.shape != b.shape or not peak <= 1.001:
-        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}, pixels up to {peak:.4g}: need one shape and [-1, 1]")
-
-
-# ---------------------------------------------------------------------------------------------- feature networks
-
-def to_bytes(video):
-    """What StyleGAN-V feeds; rounded, as truncation darkens. Shapes: (B, T, 3, R, R) -> (B, 3, T, R, R) uint8."""
-    return ((video + 1) * 127.5).round().clamp(0, 255).byte().transpose(1, 2)
-
-
-def load_torchscript(path, device, want=None):
-    """A TorchScript network and its sha256, checked before the file is opened, because opening it runs its code."""
-    try:
-        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if want in (None, sha256):
-            return torch.jit.load(path, map_location=device).eval(), sha256
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{path} is not TorchScript, the format of --features, --i3d and --c3d: {error}") from error
-    raise SystemExit(f"{path} has sha256 {sha256}, not {want}, so it was not opened; {GET_I3D}")
-
-
-def load_i3d(path="", device="cpu"):
-    """The I3D of published FVDs: logits of Kinetics-400, averaged over time, from StyleGAN-V's TorchScript.
-
-    Shapes:  -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, 400), for T >= 10
-    Raises:  SystemExit where the file is missing and cannot be downloaded, or has another sha256
-    Source:  called as StyleGAN-V does: bytes in, rescaling and resizing to 224 x 224 inside
-    """
-    file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt")
-    for url in () if path or file.exists() else I3D_URLS:
-        try:                                            # to a temporary name, which is renamed when the hash fits
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=I3D_SHA256)
-            break
-        except (OSError, RuntimeError) as error:
-            print(f"no I3D from {url}: {error}")
-    if not file.exists():
-        raise SystemExit(f"{GET_I3D}\nput it at {file}, or give --i3d PATH, or --features random, which is not FVD")
-    net, _ = load_torchscript(file, device, I3D_SHA256)
-    return lambda video: net(to_bytes(video), rescale=True, resize=True, return_features=True)
-
+# ---------------------------------------------------------------------------------------------- features of a clip
 
 def random_features(video):
     """Three fixed random 3-D convolutions, averaged over the clip. Shapes: (B, T, 3, R, R) -> (B, 400).
 
-    Source:  choice: kernels without mean, or brightness drowns all else; every other one sees change over time alone,
-             four times as strong, as motion is faint; the logarithm brings loud and quiet features to one scale
+    Source:  **choice** (paper silent): kernels without mean, or brightness drowns all else; every other one sees change
+             over time alone, four times as strong, as motion is faint; the logarithm brings loud and quiet features to
+             one scale
     """
-    rng, x = torch.Generator().manual_seed(0), video.transpose(1, 2)                # (B, 3, T, R, R)
-    for c_in, c_out, k, stride, pad in ((3, 32, 5, (1, 2, 2), (0, 2, 2)), (32, 64, 3, 2, 1), (64, 400, 3, 2, 1)):
-        kernel = torch.randn(c_out, c_in, 3, k, k, generator=rng)
+    rng = torch.Generator().manual_seed(0)
+    x = video.transpose(1, 2)                                           # (B, 3, T, R, R)
+    layers = (
+        (3, 32, 5, (1, 2, 2), (0, 2, 2)),
+        (32, 64, 3, 2, 1),
+        (64, 400, 3, 2, 1),
+    )
+    for c_in, c_out, size, stride, padding in layers:
+        kernel = torch.randn(c_out, c_in, 3, size, size, generator=rng)
         kernel -= kernel.mean((1, 2, 3, 4), keepdim=True)
         if c_in == 3:
             kernel[::2] = 4 * (kernel[::2] - kernel[::2].mean(2, keepdim=True))
         kernel *= (2 / kernel[0].numel()) ** 0.5        # keeps the scale through a ReLU
-        x = F.conv3d(x, kernel.to(x.device), stride=stride, padding=pad).relu()
-    return (x.mean((2, 3, 4)) + 0.01).log()                                         # (B, 400)
+        x = F.conv3d(x, kernel.to(x.device), stride=stride, padding=padding)
+        x = x.relu()
+    return (x.mean((2, 3, 4)) + 0.01).log()                             # (B, 400)
 
 
 def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
-    Source:  paper E.6, Table A10. Departs: windows overlap by half, E.6 takes all; features of --features, not C3D's
+    Source:  **departs**: E.6 (Table A10) says all windows and C3D; ours overlap by half, as neighbours are nearly
+             equal, and the features are those of --features, as the public C3D gives probabilities only
     """
-    parts = video.unfold(1, window, max(1, window // 2)).unbind(1)                  # w of (B, 3, R, R, window)
-    f = torch.stack([F.normalize(features(part.movedim(-1, 1)), dim=-1) for part in parts])         # (w, B, d)
-    return (f.sum(0).square().sum(-1, keepdim=True) - len(f)) / (len(f) * (len(f) - 1))     # |sum of f|^2 = w + cosines
+    unit = []
+    for part in video.unfold(1, window, max(1, window // 2)).unbind(1):
+        part = part.movedim(-1, 1)                                      # (B, window, 3, R, R)
+        unit.append(F.normalize(features(part), dim=-1))
+    w = len(unit)
+    total = torch.stack(unit).sum(0).square().sum(-1, keepdim=True)     # (B, 1): w ones and all cosines
+    return (total - w) / (w * (w - 1))
 
 
-# ---------------------------------------------------------------------------------------------- the two sides
+# ---------------------------------------------------------------------------------------------- new or remembered?
 
-class NpzVideos:
-    """The clips of a samples.npz. They stay on the disk until they are asked for, as they may not fit into memory.
+def nearest_two(x, bank, video, own=None, width=1.0):
+    """How far each clip is from its nearest training clip, and from the nearest one of any other video.
 
-    Shapes:  self[i, seed] -> (T, 3, R, R) in [-1, 1], label int: as the datasets of data.py
-    Raises:  SystemExit where the file is not ours
+    Mirrored or cut elsewhere, clips of one video resemble each other: the second must come from another one.
+    Shapes:  x (n, ...), bank (M, ...), video (M,) that a clip of the bank is from, own (n,) a video to leave out
+             -> first (n,), second (n,), place of the first in the bank (n,)
+    Units:   differences are counted in `width`
+    Raises:  ValueError where there is no other video
     """
-
-    def __init__(self, path):
-        try:
-            archive = zipfile.ZipFile(path)
-            if any(member.compress_type for member in archive.infolist()) or archive.testzip():     # before parsing
-                raise ValueError("it is compressed, or damaged: its checksums do not agree with its contents")
-            with np.load(path, allow_pickle=False) as file:
-                self.labels, self.settings = file["labels"], dict(json.loads(str(file["settings"])))
-            self.stream = archive.open("videos.npy")
-            np.lib.format.read_magic(self.stream)
-            self.shape, _, dtype = np.lib.format.read_array_header_1_0(self.stream)
-            self.start, (n, T, R, *rest) = self.stream.tell(), self.shape
-            if dtype != np.uint8 or rest != [R, 3] or n != len(self.labels):
-                raise ValueError(f"{dtype} videos {self.shape}, {len(self.labels)} labels, not uint8 (n, T, R, R, 3)")
-            if self.start + int(np.prod(self.shape)) != archive.getinfo("videos.npy").file_size:
-                raise ValueError(f"it claims {self.shape} and holds another number of bytes")
-        except Exception as error:                      # whatever a hostile file makes the readers raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SystemExit(f"{path} is not a samples.npz of sample.py: {reason}") from error
-        self.kind = dict(frames=T, stride=self.settings.get("stride", 1), resolution=R)
-        self.classes = self.settings.get("classes") or []
-
-    def __getitem__(self, key):
-        i, size = key[0], int(np.prod(self.shape[1:]))
-        self.stream.seek(self.start + i * size)
-        video = torch.frombuffer(bytearray(self.stream.read(size)), dtype=torch.uint8).view(self.shape[1:])
-        return video.permute(0, 3, 1, 2) / 127.5 - 1, int(self.labels[i])           # (T, 3, R, R)
+    x = torch.as_tensor(x / width).flatten(1)
+    parts = []
+    for start in range(0, len(bank), 1024):                             # the bank may be a file
+        part = torch.as_tensor(bank[start:start + 1024] / width)
+        parts.append(torch.cdist(x, part.float().flatten(1)))
+    distance = torch.cat(parts, 1)                                      # (n, M)
+    if own is not None:
+        distance[own[:, None] == video] = torch.inf
+    first, place = distance.min(1)
+    distance[video[place][:, None] == video] = torch.inf
+    second = distance.amin(1)
+    if second.isinf().any():
+        raise ValueError("new or remembered? takes training clips of 3 videos or more")
+    return first, second, place
 
 
-def open_sides(cfg):
-    """Both sides as datasets, and cfg with the frames, stride and resolution of the samples.npz among them."""
-    files = {spec: NpzVideos(spec) for spec in (cfg.real, cfg.fake) if spec.endswith(".npz")}
-    toy, sides = "toy" in (cfg.real, cfg.fake), []
-    for key, value in dict(frames=8 if toy else 16, stride=1, resolution=32 if toy else 128).items():
-        values = {file.kind[key] for file in files.values()} or {value}
-        if getattr(cfg, key) < 0 and len(values) > 1:
-            raise SystemExit(f"the sides differ in {key}, {sorted(values)}: choose with --{key}")
-        cfg = dataclasses.replace(cfg, **{key: min(values) if getattr(cfg, key) < 0 else getattr(cfg, key)})
-    for spec, split in ((cfg.real, cfg.split), (cfg.fake, cfg.split if cfg.fake.startswith("ucf:") else "all")):
-        root, kind = Path(spec.removeprefix("ucf:")), files[spec].kind if spec in files else vars(cfg)
-        if spec != "toy" and spec not in files and not root.is_dir():
-            raise SystemExit(f"{spec} is no folder; a side is a samples.npz, a folder of videos, ucf:PATH or toy")
-        if kind["frames"] < cfg.frames or kind["resolution"] != cfg.resolution:
-            raise SystemExit(f"{spec} has {kind}, which --frames {cfg.frames} --resolution {cfg.resolution} cannot use")
-        wanted = dict(vars(cfg), dataset="toy" if spec == "toy" else "folder", data_root=root, split=split, flip=False,
-                      in_memory=False)
-        wanted["out"] = Path(cfg.out).parent / f"index-{root.name}"
-        sides.append(files.get(spec) or build_dataset(SimpleNamespace(**wanted)))
-        if min(cfg.n, len(sides[-1].labels)) < 4:
-            raise SystemExit(f"{spec} has {len(sides[-1].labels)} clips, --n is {cfg.n}: 4 are the least")
-    return *sides, cfg
+def novelty(first, second):
+    """Medians of both distances and of their ratio, and the share of copies. Shapes: (n,), (n,) -> {name: float}.
 
-
-def drawn(side, cfg):
-    """The numbers of the clips that are measured: up to n, one a video, drawn by the seed, in the order of the disk."""
-    return np.sort(np.random.default_rng(cfg.seed).permutation(len(side.labels))[:cfg.n])
-
-
-def read(side, numbers, cfg):
-    """Clips by number, on the levels of bytes, the same for every side. Shapes: (b,) -> (b, T, 3, R, R)."""
-    clips = torch.stack([side[int(i), [cfg.seed, int(i)]][0][:cfg.frames] for i in numbers])        # (b, T, 3, R, R)
-    return ((clips + 1) * 127.5).round() / 127.5 - 1
-
-
-def measure(sides, functions, cfg, device):
-    """Read the sides once, in step, in batches. {name: f(one (b, T, 3, R, R) a side) -> (b, k)} -> {name: (n, k)}."""
-    kept, numbers = {}, [drawn(side, cfg) for side in sides]
-    for i in tqdm(range(0, len(numbers[0]), cfg.batch), desc="clips", unit="batch"):
-        videos = [read(side, which[i:i + cfg.batch], cfg).to(device) for side, which in zip(sides, numbers)]
-        for name, function in functions.items():
-            found = function(*videos)                                               # (b, k)
-            # Filled in place: small tensors that stay between large ones that go would keep the memory growing.
-            kept.setdefault(name, torch.empty(len(numbers[0]), found.shape[1]))[i:i + cfg.batch] = found
-    return kept
+    Source:  **choice** (paper silent): a copy has first < second / 3, as in arXiv 2310.02664. What a tokenizer blurs may
+             miss its third, so the ratio stands beside it, to be read between the two ends of the scale
+    """
+    ratio = first / second.clamp(min=1e-12)
+    return dict(
+        nearest=first.median().item(),
+        second=second.median().item(),
+        ratio=ratio.median().item(),
+        share=(ratio < 1 / 3).double().mean().item(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- weight tokens
+
+def token_statistics(cache, video, seed):
+    """Is the latent Gaussian, is a part of it dead, do clips of one video lie together? Returns {name: (value, note)}.
+
+    Shapes:  cache (M, 2 or 3, N, d): mean, log-variance; video (M,) that a row is from
+    Source:  **paper** (Tables A11, A13)
+             **choice** (paper silent): 2048 rows, all values of the tokens as stage 2 draws them; a dimension is dead
+             where its mean varies by less than 0.01 over clips (arXiv 1509.00519)
+             **departs**: A11 says crops at random in space too; the cache has none
+    """
+    rng = np.random.default_rng(seed)
+    mean, logvar, z = draw_tokens(cache, rng.permutation(len(cache))[:2048], seed)
+    standard = (z - z.mean()) / z.std()
+    dead = mean.var(0) < 0.01                                           # (N, d)
+    kl = (mean.square() + logvar.exp() - 1 - logvar) / 2                # (b, N, d)
+    rows = {
+        "mean": (z.mean(), f"of sampled tokens, {len(z)} of {len(cache)} clips"),
+        "std": (z.std(), "the prior has 1"),
+        "skew": ((standard ** 3).mean(), "a Gaussian has 0"),
+        "kurtosis": ((standard ** 4).mean() - 3, "excess: a Gaussian has 0"),
+        "dead dims": (dead.float().mean(), "share whose mean varies by < 0.01"),
+        "KL per dim": (kl.mean(), "nats, mean over clips, tokens and channels"),
+    }
+    several = np.flatnonzero(np.bincount(video) > 1)                    # videos with more than one clip
+    if len(several) > 1:
+        chosen = np.isin(video, rng.permutation(several)[:100])         # (M,)
+        tokens = torch.from_numpy(cache[chosen, 0]).float().flatten(1)
+        source = torch.from_numpy(video[chosen]).unique(return_inverse=True)[1]
+        k = int(source.max()) + 1
+        cluster = kmeans(tokens, k, seed)
+        luck = purity_and_nmi(cluster, source[rng.permutation(len(source))])
+        found = purity_and_nmi(cluster, source)
+        rows["purity"] = (found[0], f"{k} videos; where videos are shuffled {luck[0]:.3f}")
+        rows["NMI"] = (found[1], f"{len(source)} clips; where videos are shuffled {luck[1]:.3f}")
+    return rows
+
+
+def draw_tokens(cache, rows, seed):
+    """Mean, log-variance and one draw of the posterior for some rows of a cache. Shapes: -> three of (b, N, d)."""
+    mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+    return mean, logvar, mean + (logvar / 2).exp() * noise
+
 
 def kmeans(x, k, seed):
     """Lloyd's algorithm from k-means++ centres. Shapes: x (n, d) -> (n,) cluster 0..k-1."""
@@ -298,175 +267,518 @@ def kmeans(x, k, seed):
     centres = x[torch.randint(len(x), (1,), generator=rng)]
     while len(centres) < k:
         far = torch.cdist(x, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=rng)]])                 # (k, d) at last
+        row = torch.multinomial(far, 1, generator=rng)
+        centres = torch.cat([centres, x[row]])
     for _ in range(50):
         cluster = torch.cdist(x, centres).argmin(1)
-        count = torch.bincount(cluster, minlength=k)[:, None]
-        total = torch.zeros_like(centres).index_add_(0, cluster, x)
-        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
+        member = F.one_hot(cluster, k).float()                          # (n, k)
+        centres = member.T @ x / member.sum(0).clamp(min=1)[:, None]
     return cluster
 
 
 def purity_and_nmi(cluster, source):
-    """Share of rows in their cluster's commonest source; mutual information over mean entropy. (n,) twice -> floats."""
-    joint = torch.zeros(int(cluster.max()) + 1, int(source.max()) + 1, dtype=torch.float64)
-    joint.index_put_((cluster, source), torch.tensor(1 / len(source), dtype=torch.float64), accumulate=True)
-    entropy = lambda p: -torch.xlogy(p, p).sum().item()
-    each = entropy(joint.sum(0)) + entropy(joint.sum(1))
-    return joint.amax(1).sum().item(), 2 * (each - entropy(joint)) / max(each, 1e-12)
+    """Share of rows in their cluster's commonest source; mutual information over mean entropy. (n,), (n,) -> floats."""
+    joint = F.one_hot(cluster).T.double() @ F.one_hot(source).double() / len(source)
+    entropies = entropy(joint.sum(0)) + entropy(joint.sum(1))
+    information = entropies - entropy(joint)
+    return joint.amax(1).sum().item(), 2 * information / max(entropies, 1e-12)
 
 
-def token_rows(path, seed):
-    """Statistics of a token cache, read 256 clips at a time. Returns {name: (value, note)}.
-
-    Source:  paper Tables A11, A13. Departs: A11's clips are also cropped at random in space. Choice: moments over all
-             values of the sampled tokens that stage 2 sees; a dim is dead where the variance of its mean over clips is
-             below 0.01 (Burda et al., arXiv 1509.00519)
-    """
-    try:
-        cache = np.load(path, mmap_mode="r")
-        M, _, N, d = cache.shape
-        video = np.array(json.loads(Path(path).with_suffix(".json").read_text())["videos"]).reshape(M)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SystemExit(f"{path} is not a token cache of nerv_dit.py, npy with json beside it: {error}") from error
-    rng, sums, powers = torch.Generator().manual_seed(seed), torch.zeros(3, N, d).double(), torch.zeros(4).double()
-    for start in tqdm(range(0, M, 256), desc="tokens", unit="batch"):
-        mean, logvar = torch.from_numpy(cache[start:start + 256, :2].astype(np.float64)).unbind(1)  # (b, N, d) each
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=rng, dtype=torch.float64)
-        powers += torch.stack([(z ** p).sum() for p in (1, 2, 3, 4)]) / (M * N * d)
-        sums += torch.stack([v.sum(0) for v in (mean, mean ** 2, mean ** 2 + logvar.exp() - 1 - logvar)]) / M
-    m, m2, m3, m4 = powers.tolist()
-    var = m2 - m ** 2
-    rows = {"mean": (m, f"of sampled tokens, {M} clips of {N} x {d}"), "std": (var ** 0.5, "the prior has 1"),
-            "skew": ((m3 - 3 * m * m2 + 2 * m ** 3) / var ** 1.5, "a Gaussian has 0"),
-            "kurtosis": ((m4 - 4 * m * m3 + 6 * m ** 2 * m2 - 3 * m ** 4) / var ** 2 - 3, "excess: a Gaussian has 0"),
-            "dead dims": ((sums[1] - sums[0] ** 2 < 0.01).double().mean().item(), "share whose mean varies by < 0.01"),
-            "KL per dim": (sums[2].mean().item() / 2, "nats, mean over clips, tokens and channels")}
-    chosen = np.random.default_rng(seed).permutation(np.flatnonzero(np.bincount(video) > 1))[:100]
-    if len(chosen) > 1:                                 # both depend on how many videos there are, so that is said
-        where = np.flatnonzero(np.isin(video, chosen))
-        source = torch.from_numpy(np.unique(video[where], return_inverse=True)[1])                  # (rows,)
-        cluster = kmeans(torch.from_numpy(cache[where, 0].astype(np.float32)).flatten(1), len(chosen), seed)
-        chance = purity_and_nmi(cluster, source[torch.randperm(len(source), generator=rng)])
-        for name, value, luck in zip(("purity", "NMI"), purity_and_nmi(cluster, source), chance):
-            rows[name] = value, f"k-means, {len(where)} clips of {len(chosen)} videos; shuffled videos give {luck:.3f}"
-    return rows
+def entropy(p):
+    """In nats, of probabilities of any shape."""
+    return -torch.xlogy(p, p).sum().item()
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------- the measurement
 
-def nearest_rows(real, fake, found, cfg):
-    """Is it memorised? A sheet of fake clips, each over the real ones nearest in features and in pixels; one row."""
-    chosen = np.unique(np.linspace(0, len(found["fake"]["features"]) - 1, cfg.nearest).astype(int))
-    near = [torch.cdist(found["fake"][key][chosen], found["real"][key]).argmin(1) for key in ("features", "thumbnail")]
-    clips = [read(fake, drawn(fake, cfg)[chosen], cfg), *(read(real, drawn(real, cfg)[places], cfg) for places in near)]
-    trios = torch.stack(clips, 1).flatten(0, 1)                                     # (3k, T, 3, R, R)
-    shown = trios[:, np.linspace(0, cfg.frames - 1, min(8, cfg.frames)).astype(int)]                # (3k, 8, 3, R, R)
-    sheet = Path(cfg.out).with_suffix(".png")
-    save_video(sheet, tile(shown.flatten(0, 1)[:, None], shown.shape[1]))
-    a, b = found["fake"]["features"], found["real"]["features"]
-    among = torch.cdist(b, b).fill_diagonal_(torch.inf).amin(1).median()
-    note = f"median distance in features, {among:.4g} between real clips; {sheet}: fake, nearest in features, in pixels"
-    return {"nearest real": (torch.cdist(a, b).amin(1).median().item(), note)}
+class Meter:
+    """What is asked of a clip and of a pair of clips, and the networks that answer."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.name, self.network, self.sha256 = load_features(cfg, self.device)
+        self.c3d = None
+        self.lpips = None
+        if cfg.c3d:
+            self.c3d, _ = load_torchscript(cfg.c3d, self.device)
+        if cfg.lpips_net != "none":
+            self.lpips = load_lpips(cfg.lpips_net, self.device)
+
+    def features(self, video):
+        """Shapes: (B, T, 3, R, R) -> (B, d)."""
+        size = self.cfg.fvd_resolution
+        if size:
+            frames = F.interpolate(video.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
+            video = round_to_bytes(frames).unflatten(0, video.shape[:2])            # (B, T, 3, r, r)
+        return self.network(video)
+
+    def of_clip(self, video):
+        """All that a clip says by itself. Shapes: (B, T, 3, R, R) -> {name: (B, k)}.
+
+        Source:  **choice** (paper silent): the pixels of --novelty are means of 4 x 8 x 8 cells, the picture of a clip
+        """
+        found = dict(features=self.features(video))
+        found["pixels"] = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8)).flatten(1)
+        found["flickering"] = 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
+        if self.c3d:
+            found["c3d"] = self.c3d(to_bytes(video[:, :16]))
+        if self.lpips:
+            found["fLPIPS"] = lpips_distance(video[:, 1:], video[:, :-1], self.lpips)
+        window = self.cfg.action_similarity
+        if window:
+            found["action similarity"] = action_similarity(video, self.features, window)
+        return found
+
+    def of_noisy_clip(self, video):
+        """The same with noise of 0.05 (32 dB), drawn by the seed."""
+        rng = torch.Generator().manual_seed(self.cfg.seed)
+        noise = torch.randn(video.shape, generator=rng).to(video.device)
+        return self.of_clip(round_to_bytes(video + 0.05 * noise))
+
+    def of_pair(self, real, fake):
+        """Shapes: (B, T, 3, R, R) twice -> {name: (B, T)}."""
+        found = dict(PSNR=psnr(real, fake), SSIM=ssim(real, fake))
+        if self.lpips:
+            found["LPIPS"] = lpips_distance(real, fake, self.lpips)
+        return found
+
+    def measure(self, function, places, *sides):
+        """Read the sides in step, in batches, and keep what the function says of them. Returns {name: (n, k)}."""
+        kept = {}
+        batch = self.cfg.batch
+        for start in progress(range(0, len(places), batch), desc="clips", unit="batch"):
+            rows = slice(start, start + batch)
+            videos = [side.read(places[rows]).to(self.device) for side in sides]
+            for name, value in function(*videos).items():
+                # Filled in place: small tensors that stay between large ones that go would keep the memory growing.
+                if name not in kept:
+                    kept[name] = torch.empty(len(places), value.shape[1])
+                kept[name][rows] = value
+        return kept
 
 
 @torch.no_grad()
 def compare(cfg):
-    """Measure the fake side against the real one. Returns {name: (value, note)} and the protocol."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")       # TF32 would move the numbers from card to card
-    torch.backends.cudnn.allow_tf32 = False
+    """Measure the fake side against the real one.
+
+    Returns {name: (value, note)}; {what: `novelty`} and the picture of the closest pairs; the protocol
+    """
     real, fake, cfg = open_sides(cfg)
-    window, least = cfg.action_similarity, 10 if cfg.features == "i3d" else 3
-    if cfg.frames < max(least, 16 if cfg.c3d else 0, window * 3 // 2) or 0 < window < least:
-        raise SystemExit("too few --frames: I3D needs 10, --features random 3, C3D 16, --action-similarity 1.5 windows")
-    about = {"real": getattr(real, "settings", {}), "fake": getattr(fake, "settings", {})}
-    pair = cfg.paired or "pair" in about["real"] and about["real"]["pair"] == about["fake"].get("pair")
-    lpips_net = cfg.lpips_net if cfg.lpips_net != "auto" else "alex" if pair else "none"
-    if pair and len(real.labels) != len(fake.labels):
-        raise SystemExit(f"pairs need equally many clips, not {len(real.labels)} and {len(fake.labels)}")
-    if cfg.resolution < 32 and (pair or lpips_net != "none"):
-        raise SystemExit(f"SSIM and LPIPS need 32 x 32 pixels or more, not --resolution {cfg.resolution}")
-
+    meter = Meter(cfg)
+    of_real = meter.measure(meter.of_clip, range(len(real)), real)
+    of_fake = meter.measure(meter.of_clip, range(len(fake)), fake)
+    rows = distance_rows(meter.name, of_real["features"], of_fake["features"], cfg.seed)
+    rows.update(clip_rows("real", of_real, cfg))
+    rows.update(clip_rows("fake", of_fake, cfg))
+    if cfg.paired:
+        of_pairs = meter.measure(meter.of_pair, range(len(real)), real, fake)
+        for name, value in of_pairs.items():
+            rows[name] = (value.mean(), f"mean over the frames of {len(value)} pairs")
     if cfg.features == "i3d":
-        network, name, sha256 = load_i3d(cfg.i3d, device), "FVD", I3D_SHA256
-    elif cfg.features != "random":
-        other, sha256 = load_torchscript(cfg.features, device)
-        network, name = lambda video: other(video.transpose(1, 2)).flatten(1), f"FD-{Path(cfg.features).stem}"
-    else:
-        network, name, sha256 = random_features, "FD-random", "none: drawn from seed 0"
-        print("FD-random is not FVD: random convolutions rank damage to footage, but know no objects and no actions, "
-              "and no published number compares with it")
-    c3d = load_torchscript(cfg.c3d, device)[0] if cfg.c3d else None
-    net = load_lpips(lpips_net, device) if lpips_net != "none" else None
-
-    def features(video):
-        if cfg.fvd_resolution:
-            small = F.interpolate(video.flatten(0, 1), [cfg.fvd_resolution] * 2, mode="bilinear", antialias=True)
-            video = ((small.unflatten(0, video.shape[:2]) + 1) * 127.5).round() / 127.5 - 1         # (B, T, 3, r, r)
-        return network(video)
-
-    each = {"features": features, "flickering": lambda video: 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2}
-    if cfg.c3d:
-        each["c3d"] = lambda video: c3d(to_bytes(video[:, :16]))
-    if cfg.nearest:
-        each["thumbnail"] = lambda video: F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 16, 16)).flatten(1)
-    if window:
-        each["action similarity"] = lambda video: action_similarity(video, features, window)
-    both = {"PSNR": psnr, "SSIM": ssim} if pair else {}
-    if net:
-        each["fLPIPS"] = lambda video: lpips_distance(video[:, 1:], video[:, :-1], net)
-        both.update({"LPIPS": lambda a, b: lpips_distance(a, b, net)} if pair else {})
-    found = {title: measure([side], each, cfg, device) for title, side in (("real", real), ("fake", fake))}
-    rows = frechet_rows(name, found["real"]["features"], found["fake"]["features"], cfg)
-    notes = {"flickering": "VBench's formula, 1 for a still", "fLPIPS": f"neighbouring frames, {lpips_net}",
-             "action similarity": f"{window}-frame windows", "LPIPS": lpips_net}
-    for title, kept in found.items():
-        if name == "FVD":
-            rows[f"IS {title}"] = inception_score(kept["features"].softmax(1)), "of I3D's 400 classes, one split"
-        if cfg.c3d:
-            rows[f"IS-C3D {title}"] = inception_score(kept["c3d"]), "of C3D's classes, first 16 frames, one split"
-        rows.update({f"{key} {title}": (kept[key].mean().item(), note) for key, note in notes.items() if key in kept})
-    for key, value in (measure([real, fake], both, cfg, device) if pair else {}).items():
-        rows[key] = value.mean().item(), f"mean over the frames of {len(value)} pairs; {notes.get(key, 'no network')}"
-    if name == "FVD":
-        black, white = (network(torch.full((1, 30, 3, 64, 64), value, device=device)) for value in (-1.0, 1.0))
-        rows["I3D check"] = (black - white).square().sum().item(), "black against white; 151.26 elsewhere"
-    if cfg.nearest:
-        rows.update(nearest_rows(real, fake, found, cfg))
-
-    protocol = {key: value for key, value in vars(cfg).items() if value != ""}
-    protocol.update(resize_filter="shorter side, bilinear, antialias; centre crop; rounded to bytes", device=device,
-                    lpips_net=lpips_net, features_sha256=sha256, torch=torch.__version__)
-    for title, side in (("real", real), ("fake", fake)):
-        labels = side.labels[drawn(side, cfg)]
-        names = (side.classes[k] if 0 <= k < len(side.classes) else str(k) for k in labels)
-        protocol.update({f"{title}_clips": f"{len(labels)} of {len(side.labels)}", f"{title}_labels": Counter(names)})
-        protocol.update({f"{title}_{key}": value for key, value in about[title].items() if key != "classes"})
-    return rows, protocol
+        rows["I3D check"] = (check_i3d(meter), "black against white; 151.26 elsewhere")
+    copies = {}
+    picture = None
+    if cfg.novelty:
+        copies, picture = look_for_copies(real, fake, of_real, of_fake, meter)
+        copies.update(look_for_copied_tokens(fake, cfg))
+    return rows, copies, picture, protocol_of(real, fake, meter)
 
 
 def main(argv=None):
-    """Command line: print the table and its protocol, write both to --out. Returns that path."""
+    """Command line: print the tables and their protocol, write them to --out. Returns that path."""
+    alone("fvd.py")
     cfg = parse_config(Config, PRESETS, argv)
-    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # deprecations that lpips and torch have to mend
     if bool(cfg.real) != bool(cfg.fake) or not (cfg.real or cfg.tokens):
         raise SystemExit("nothing to measure: give both --real A and --fake B, or --tokens PATH")
-    if cfg.batch < 1:
-        raise SystemExit(f"--batch {cfg.batch} is no number of clips; 1 is the least")
-    rows, protocol = compare(cfg) if cfg.real else ({}, dict(tokens=cfg.tokens, seed=cfg.seed))
-    if cfg.tokens:
-        rows.update(token_rows(cfg.tokens, cfg.seed))
+    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # lpips's; torch has to mend them
+    torch.set_float32_matmul_precision("highest")       # TF32 would move the numbers from card to card
+    torch.backends.cudnn.allow_tf32 = False
+    rows = {}
+    copies = {}
+    picture = None
+    protocol = dict(tokens=cfg.tokens, seed=cfg.seed)
+    try:
+        if cfg.real:
+            rows, copies, picture, protocol = compare(cfg)
+        if cfg.tokens:
+            rows.update(token_statistics(*open_tokens(cfg.tokens), cfg.seed))
+    except (RuntimeError, TypeError, ValueError) as error:      # clips that a network refuses, memory that is full
+        reason = str(error).strip().split("\n")[-1]
+        raise SystemExit(f"not measured: {reason} (short of memory? lower --batch)") from error
+    path = Path(cfg.out)
+    report(path, rows, copies, protocol)
+    if picture is not None:
+        save_video(path.with_suffix(".gif"), picture)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- The method ends here
+# Below: loading networks, opening and reading the sides, tables, the protocol.
+
+I3D_URLS = (
+    "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+    "https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/"
+    "1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
+)
+I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+GET_I3D = (f"get i3d_torchscript.pt (51,235,320 bytes, sha256 {I3D_SHA256}) from "
+           + " or ".join(I3D_URLS))
+
+
+def round_to_bytes(video):
+    """Onto the levels of bytes, as every side is read. Shapes: (..., 3, R, R) in [-1, 1] -> the same."""
+    return from_uint8(to_uint8(video)).to(video.device)
+
+
+def to_bytes(video):
+    """What StyleGAN-V's networks are fed. Shapes: (B, T, 3, R, R) in [-1, 1] -> (B, 3, T, R, R) uint8."""
+    return torch.from_numpy(to_uint8(video)).permute(0, 4, 1, 2, 3).to(video.device)
+
+
+def load_features(cfg, device):
+    """The network of --features. Returns the name of its distance, the network and its sha256."""
+    if cfg.features == "i3d":
+        return "FVD", load_i3d(cfg.i3d, device), I3D_SHA256
+    if cfg.features == "random":
+        print("FD-random is not FVD: random convolutions rank damage to footage, but know no objects "
+              "and no actions, and no published number compares with it")
+        return "FD-random", random_features, "none: drawn from seed 0"
+    net, sha256 = load_torchscript(cfg.features, device)
+
+    def features(video):
+        return torch.flatten(net(video.transpose(1, 2)), 1)
+
+    return f"FD-{Path(cfg.features).stem}", features, sha256
+
+
+def load_i3d(path="", device="cpu"):
+    """The I3D of published FVDs: logits of Kinetics-400, averaged over time, from StyleGAN-V's TorchScript.
+
+    Shapes:  -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, 400), for T >= 10
+    Raises:  SystemExit where the file is missing and cannot be downloaded, or has another sha256
+    Source:  **choice** (paper silent): called as StyleGAN-V does: bytes in, rescaled and resized to 224 x 224 inside
+    """
+    file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt")
+    for url in I3D_URLS:
+        if path or file.exists():
+            break
+        try:                                            # to a temporary name, which is renamed when the hash fits
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=I3D_SHA256)
+        except (OSError, RuntimeError) as error:
+            print(f"no I3D from {url}: {error}")
+    if not file.exists():
+        raise SystemExit(f"no I3D at {file}: {GET_I3D} and put it there, or give --i3d PATH, or "
+                         "--features random, which is not FVD")
+    net, _ = load_torchscript(file, device, I3D_SHA256)
+
+    def features(video):
+        return net(to_bytes(video), rescale=True, resize=True, return_features=True)
+
+    return features
+
+
+def load_torchscript(path, device, want=None):
+    """A TorchScript network and its sha256, checked before the file is opened, because opening it runs its code."""
+    try:
+        sha256 = file_hash(path)
+        if want in (None, sha256):
+            return torch.jit.load(path, map_location=device).eval(), sha256
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{path} is not there or no TorchScript, the format of --features, --i3d "
+                         "and --c3d") from error
+    raise SystemExit(f"{path} has sha256 {sha256}, so it was not opened: {GET_I3D}")
+
+
+def check_i3d(meter):
+    """Squared distance between the features of black and of white clips: the right network, fed the right range?"""
+    clips = torch.tensor([-1.0, 1.0], device=meter.device).view(2, 1, 1, 1, 1)
+    black, white = meter.network(clips.expand(2, 30, 3, 64, 64))
+    return (black - white).square().sum()
+
+
+# ---------------------------------------------------------------------------------------------- the two sides
+
+class Side:
+    """A dataset, and which of its clips are measured: up to n, one of each video, drawn by the seed.
+
+    Place k is the k-th clip drawn; place n + k is the same clip mirrored, which only --novelty asks for.
+    """
+
+    def __init__(self, dataset, cfg):
+        self.dataset = dataset
+        self.cfg = cfg
+        self.settings = getattr(dataset, "settings", {})
+        rng = np.random.default_rng(cfg.seed)
+        self.numbers = rng.permutation(len(dataset.labels))[:cfg.n]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def read(self, places):
+        """Clips on the levels of bytes. Shapes: (b,) -> (b, T, 3, R, R)."""
+        clips = []
+        for place in places:
+            i = int(self.numbers[place % len(self)])
+            clip, _ = self.dataset[i, [self.cfg.seed, i]]
+            if place >= len(self):
+                clip = clip.flip(-1)
+            clips.append(clip[:self.cfg.frames])
+        return round_to_bytes(torch.stack(clips))
+
+    def class_names(self):
+        """The class of each clip drawn: sides are compared by name. A number without a name speaks for itself."""
+        names = dict(enumerate(self.dataset.classes))
+        return [names.get(k, str(k)) for k in self.dataset.labels[self.numbers]]
+
+    def sources(self):
+        """A number for each clip drawn, equal for clips of one source: UCF-101 cuts a whole group, _gNN, from one."""
+        names = self.numbers
+        if getattr(self.dataset, "files", None):
+            names = [re.sub(r"_c\d+\.\w+$", "", str(self.dataset.files[i])) for i in self.numbers]
+        return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+
+
+def open_sides(cfg):
+    """Both sides, and cfg with what their clips on disk say. SystemExit for what cannot be measured."""
+    real = open_clips(cfg.real, ("original.npy", "samples.npy"))
+    fake = open_clips(cfg.fake, ("samples.npy", "reconstruction.npy"))
+    flags = cfg
+    for side in (fake, real):
+        if side is not None:
+            cfg = like_clips(cfg, side, flags)
+    cfg = fill_in(cfg, frames=16, stride=1, resolution=128)
+    real = Side(real or open_videos(cfg.real, cfg.split, cfg), cfg)
+    fake = Side(fake or open_videos(cfg.fake, "all", cfg), cfg)
+    pair = real.settings.get("pair")
+    if pair and pair == fake.settings.get("pair"):
+        cfg = replace(cfg, paired=True)
+    if cfg.lpips_net == "auto":
+        cfg = replace(cfg, lpips_net="alex" if cfg.paired else "none")
+    check_settings(cfg, real, fake)
+    return real, fake, cfg
+
+
+def open_clips(spec, names):
+    """Clips on disk, given by the .npy or by the folder that sample.py wrote; None for other sides."""
+    present = [Path(spec) / name for name in names if (Path(spec) / name).exists()]
+    if spec.endswith(".npy"):
+        present = [spec]
+    if len(present) > 1:
+        raise SystemExit(f"{spec} holds {present[0].name} and {present[1].name}: name the one you mean")
+    if present:
+        return Videos.open(present[0])
+
+
+def like_clips(cfg, side, flags):
+    """cfg filled in by clips on disk. SystemExit where flags or the other side ask for other clips."""
+    _, frames, resolution, *_ = side.shape
+    cfg = fill_in(cfg, frames=frames, stride=side.settings.get("stride", 1), resolution=resolution)
+    longer = frames > cfg.frames and flags.frames < 0
+    if frames < cfg.frames or longer or resolution != cfg.resolution:
+        raise SystemExit(f"{side.path} has {frames} frames of {resolution} pixels, the other side or the flags "
+                         f"say {cfg.frames} of {cfg.resolution}; --frames takes the first ones of longer clips")
+    return cfg
+
+
+def fill_in(cfg, **values):
+    """cfg with values for those settings that are still open, -1."""
+    unset = {key: value for key, value in values.items() if getattr(cfg, key) < 0}
+    return replace(cfg, **unset)
+
+
+def open_videos(spec, split, cfg, held_out=False):
+    """Toy clips, or those of a folder of videos, never mirrored."""
+    root = Path(spec.removeprefix("ucf:"))
+    dataset = "toy"
+    if spec != "toy":
+        dataset = "folder"
+        if not root.is_dir():
+            raise SystemExit(f"{spec!r} is no folder of videos, nothing that sample.py wrote, and not toy")
+    index = Path(cfg.out).parent / f"index-{root.resolve().name}"
+    wanted = vars(cfg) | dict(dataset=dataset, data_root=root, split=split, flip=False, out=index)
+    return build_dataset(SimpleNamespace(**wanted), held_out)
+
+
+def check_settings(cfg, real, fake):
+    """SystemExit, before any network is loaded, for what cannot be measured."""
+    if min(len(real), len(fake)) < 4:
+        raise SystemExit(f"{len(real)} real and {len(fake)} fake clips: 4 of each are the least")
+    if cfg.paired and len(real.dataset.labels) != len(fake.dataset.labels):
+        raise SystemExit(f"pairs need equally many clips, not {len(real)} and {len(fake)}")
+    least = {"i3d": 10, "random": 3}.get(cfg.features, 2)
+    window = cfg.action_similarity
+    if cfg.frames < max(least, window * 3 // 2) or 0 < window < least:
+        raise SystemExit(f"--frames {cfg.frames}: I3D needs 10, --features random 3, and "
+                         "--action-similarity windows of as many, and 1.5 windows")
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+def distance_rows(name, real, fake, seed):
+    """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> {name: (value, note)}."""
+    n, d = real.shape
+    m = len(fake)
+    half = n // 2
+    floor = frechet_distance(real[:half], real[half:])
+    bias = floor * (1 / n + 1 / m) / (1 / half + 1 / (n - half))        # it goes with 1/n + 1/m
+    if min(n, m) < 2 * d:
+        print(f"warning: {min(n, m)} clips are less than 2 x {d} features: {name} is biased upward "
+              f"by about {bias:.3g}")
+    rng = torch.Generator().manual_seed(seed)
+    again = []
+    for _ in range(5):
+        again.append(frechet_distance(real, fake[torch.randint(m, (m,), generator=rng)]))
+    note = f"{n} real, {m} fake clips; bias near {bias:.3g} if unpaired"
+    return {
+        name: (frechet_distance(real, fake), note),
+        f"{name} spread": (np.std(again, ddof=1), "deviation over 5 bootstraps of the fake side"),
+        f"{name} floor": (floor, f"real against real, {half} against {n - half} other clips"),
+    }
+
+
+def clip_rows(role, found, cfg):
+    """Means over one side. Returns {name: (value, note)}."""
+    rows = {}
+    if cfg.features == "i3d":
+        score = inception_score(found["features"].softmax(1))
+        rows[f"IS {role}"] = (score, "of I3D's 400 classes, one split")
+    if cfg.c3d:
+        score = inception_score(found["c3d"])
+        rows[f"IS-C3D {role}"] = (score, "of C3D's classes, first 16 frames, one split")
+    notes = {
+        "flickering": "VBench's formula, 1 for a still",
+        "fLPIPS": f"neighbouring frames, {cfg.lpips_net}",
+        "action similarity": f"windows of {cfg.action_similarity} frames",
+    }
+    for name, note in notes.items():
+        if name in found:
+            rows[f"{name} {role}"] = (found[name].mean(), note)
+    return rows
+
+
+def look_for_copies(real, fake, of_real, of_fake, meter):
+    """Tables {what: `novelty`}, and a picture of the closest pairs.
+
+    The real side stands for what trained, mirrored too. The ends of the scale are clips that cannot be copies,
+    held-out ones, and clips that are, training clips with noise.
+    """
+    n = len(real)
+    of_mirrored = meter.measure(meter.of_clip, range(n, 2 * n), real)
+    sets = {"generated": of_fake}
+    if not isinstance(real.dataset, Videos):
+        held_out = open_videos(meter.cfg.real, meter.cfg.split, meter.cfg, held_out=True)
+        held_out = Side(held_out, meter.cfg)
+        if len(held_out):
+            few = range(len(held_out))[:256]
+            sets["real, held out"] = meter.measure(meter.of_clip, few, held_out)
+    sets["training, with noise"] = meter.measure(meter.of_noisy_clip, range(n)[:256], real)
+    video = real.sources().repeat(2)                                    # (2n,)
+    table = {}
+    nearest = {}
+    for space in ("features", "pixels"):
+        bank = torch.cat([of_real[space], of_mirrored[space]])          # (2n, k)
+        for title, found in sets.items():
+            first, second, place = nearest_two(found[space], bank, video)
+            table[f"{space}: {title}"] = novelty(first, second)
+            if found is of_fake:
+                nearest[space] = (first / second, place)
+    return table, show_closest(real, fake, nearest, meter.cfg.novelty)
+
+
+def look_for_copied_tokens(fake, cfg):
+    """The same among weight tokens, where sample.py kept those of the fake side and --tokens names what trained.
+
+    Source:  **choice** (paper silent): differences are counted in widths of the posterior, whose draws are the copies;
+             with their own video left out they are what cannot be copies, as held-out clips have no tokens
+    """
+    kept = getattr(fake.dataset, "tokens", None)
+    if kept is None or not cfg.tokens:
+        print("tokens are not compared: that takes --tokens, and samples whose tokens sample.py kept")
+        return {}
+    cache, video = open_tokens(cfg.tokens)
+    if kept.shape[1:] != cache.shape[2:]:
+        raise SystemExit(f"{cfg.tokens} has tokens {cache.shape[2:]}, the samples {kept.shape[1:]}: "
+                         "name the cache that their model learned from")
+    rows = np.random.default_rng(cfg.seed).permutation(len(cache))[:256]
+    _, logvar, drawn = draw_tokens(cache, rows, cfg.seed)
+    width = (logvar.mean(0) / 2).exp().numpy()                          # (N, d)
+    video = torch.from_numpy(video)
+    sets = {
+        "generated": (kept[fake.numbers], None),
+        "training, own video left out": (drawn.numpy(), video[rows]),
+        "training, drawn anew": (drawn.numpy(), None),
+    }
+    table = {}
+    for title, (tokens, own) in sets.items():
+        first, second, _ = nearest_two(tokens, cache[:, 0], video, own, width)
+        table[f"tokens: {title}"] = novelty(first, second)
+    return table
+
+
+def show_closest(real, fake, nearest, count):
+    """The fake clips closest to a real one, each beside its nearest in features and in pixels. -> (T, 3, H', W')."""
+    ratio, _ = nearest["features"]
+    chosen = ratio.argsort()[:count]                                    # (K,)
+    names = fake.class_names()
+    labels = [[names[i] for i in chosen]]
+    clips = [fake.read(chosen)]
+    for space, (ratio, place) in nearest.items():
+        labels.append([f"{space} {x:.2f}" for x in ratio[chosen]])
+        clips.append(real.read(place[chosen]))
+    trios = torch.stack(clips, 1).flatten(0, 1)                         # (3K, T, 3, R, R)
+    return tile(trios, 6, [label for trio in zip(*labels) for label in trio])
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def open_tokens(path):
+    """A token cache of nerv_dit.py: the memory map (M, 2 or 3, N, d) and the video (M,) that each row is from."""
+    try:
+        cache = np.load(path, mmap_mode="r")
+        about = json.loads(Path(path).with_suffix(".json").read_text())
+        video = np.array(about["videos"])
+        if cache.dtype != np.float16 or cache.ndim != 4 or cache.shape[1] not in (2, 3):
+            raise ValueError(f"it holds {cache.dtype} {cache.shape}")
+        if video.shape != cache.shape[:1] or video.min() < 0:
+            raise ValueError("its .json does not name a video for each row")
+    except Exception as error:                          # whatever a damaged file makes the readers raise
+        raise SystemExit(f"{path} is no token cache of nerv_dit.py: {error}") from error
+    return cache, video
+
+
+def protocol_of(real, fake, meter):
+    """Everything that decides the numbers, {name: value}."""
+    protocol = {key: value for key, value in vars(meter.cfg).items() if value != ""}
+    protocol["resize_filter"] = "shorter side, bilinear, antialias; centre crop; bytes; never mirrored"
+    protocol.update(device=meter.device, features_sha256=meter.sha256, torch=torch.__version__)
+    for role, side in (("real", real), ("fake", fake)):
+        protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset.labels)}"
+        protocol[f"{role}_labels"] = Counter(side.class_names())
+        for key, value in side.settings.items():
+            protocol[f"{role}_{key}"] = value
+    unknown = protocol["fake_labels"].keys() - set(real.dataset.classes)
+    if unknown:
+        protocol["fake_labels_unknown_to_real"] = sorted(unknown)
+    return protocol
+
+
+def report(path, rows, copies, protocol):
+    """Print the tables and the protocol, and write them."""
     for name, (value, note) in rows.items():
         print(f"{name:<24}{value:>12.5g}   {note}")
+    if copies:
+        print(f"{'new or remembered?':<40}{'nearest':>9}{'second':>9}{'ratio':>7}{'copies':>8}")
+    for name, row in copies.items():
+        print(f"{name:<40}{row['nearest']:>9.4g}{row['second']:>9.4g}{row['ratio']:>7.2f}{row['share']:>8.1%}")
     for key, value in protocol.items():
         if isinstance(value, Counter):
             value = f"{len(value)} classes, {min(value.values())} to {max(value.values())} clips each"
         print(f"  {key:<20}{value}")
-    path, results = Path(cfg.out), {name: dict(value=value, note=note) for name, (value, note) in rows.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(results=results, protocol=protocol), indent=1))
-    return path
+    results = {name: dict(value=float(value), note=note) for name, (value, note) in rows.items()}
+    written = dict(results=results, novelty=copies, protocol=protocol)
+    write_file(path, json.dumps(written, indent=1).encode())
 
 
 if __name__ == "__main__":
