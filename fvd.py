@@ -48,7 +48,7 @@ class Config:
     i3d: str = ""                   # path of i3d_torchscript.pt where it cannot be downloaded
     c3d: str = ""                   # path of StyleGAN-V's c3d_ucf101.pt: adds C3D's Inception Score
     fvd_resolution: int = 0         # 0..: size of clips just before the features; 0 leaves them
-    novelty: int = 0                # 0..: new or remembered? with a picture of so many closest pairs
+    novelty: int = 0                # 0..64: new or remembered? with a picture of so many closest pairs
     paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for --reconstruct
     lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: auto is alex for a pair (choice)
     action_similarity: int = 0      # 0..: frames of the windows of a clip whose features are compared
@@ -68,13 +68,12 @@ def frechet_distance(a, b):
 
     Shapes:  a (n, d), b (m, d) -> float
     Raises:  ValueError for fewer than 2 rows, unequal widths or values that are not finite
-    Source:  **paper** (Sec. 4.1), FVD of arXiv 1812.01717
-             **choice** (paper silent): float64 and singular values, as float32 and matrix roots miss by whole tenths
+    Source:  paper (Sec. 4.1), FVD of arXiv 1812.01717
+             choice (not said): float64 and singular values, as float32 and matrix roots miss by whole tenths
     """
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows and one width")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("the features are not finite")
+    finite = a.isfinite().all() and b.isfinite().all()
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1] or not finite:
+        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows, one width, finite values")
     a = a.double()
     b = b.double()
     root_a = covariance_root(a)
@@ -93,8 +92,8 @@ def covariance_root(x):
 def inception_score(probabilities):
     """exp of the mean KL of each clip's class probabilities from their average. Shapes: (n, k) -> float.
 
-    Source:  **paper** (Table 1), IS of arXiv 1606.03498
-             **choice** (paper silent): one split, as a tenth of the clips scores too low
+    Source:  paper (Table 1), IS of arXiv 1606.03498
+             choice (not said): one split, as a tenth of the clips scores too low
     """
     p = probabilities.double()
     kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))                  # (n, k)
@@ -104,8 +103,8 @@ def inception_score(probabilities):
 def ssim(a, b):
     """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) in [-1, 1], twice -> (..., T).
 
-    Source:  **paper** (Table A4), SSIM of Wang et al. 2004
-             **choice** (paper silent): no padding, mean over red, green and blue
+    Source:  paper (Table A4), SSIM of Wang et al. 2004
+             choice (not said): no padding, mean over red, green and blue
     """
     x = (a.flatten(0, -4).double() + 1) / 2                             # (frames, 3, H, W) in [0, 1]
     y = (b.flatten(0, -4).double() + 1) / 2
@@ -137,7 +136,7 @@ def lpips_distance(a, b, net):
 def random_features(video):
     """Three fixed random 3-D convolutions, averaged over the clip. Shapes: (B, T, 3, R, R) -> (B, 400).
 
-    Source:  **choice** (paper silent): kernels without mean, or brightness drowns all else; every other one sees change
+    Source:  choice (not said): kernels without mean, or brightness drowns all else; every other one sees change
              over time alone, four times as strong, as motion is faint; the logarithm brings loud and quiet features to
              one scale
     """
@@ -162,8 +161,9 @@ def random_features(video):
 def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
-    Source:  **departs**: E.6 (Table A10) says all windows and C3D; ours overlap by half, as neighbours are nearly
-             equal, and the features are those of --features, as the public C3D gives probabilities only
+    Source:  paper (E.6, Table A10)
+             departs (E.6 takes all windows, and C3D): ours overlap by half, as neighbours are nearly equal, and
+             the features are those of --features, as the public C3D gives probabilities only
     """
     unit = []
     for part in video.unfold(1, window, max(1, window // 2)).unbind(1):
@@ -204,7 +204,7 @@ def nearest_two(x, bank, video, own=None, width=1.0):
 def novelty(first, second):
     """Medians of both distances and of their ratio, and the share of copies. Shapes: (n,), (n,) -> {name: float}.
 
-    Source:  **choice** (paper silent): a copy has first < second / 3, as in arXiv 2310.02664. What a tokenizer blurs may
+    Source:  choice (not said): a copy has first < second / 3, as in arXiv 2310.02664. What a tokenizer blurs may
              miss its third, so the ratio stands beside it, to be read between the two ends of the scale
     """
     ratio = first / second.clamp(min=1e-12)
@@ -222,10 +222,10 @@ def token_statistics(cache, video, seed):
     """Is the latent Gaussian, is a part of it dead, do clips of one video lie together? Returns {name: (value, note)}.
 
     Shapes:  cache (M, 2 or 3, N, d): mean, log-variance; video (M,) that a row is from
-    Source:  **paper** (Tables A11, A13)
-             **choice** (paper silent): 2048 rows, all values of the tokens as stage 2 draws them; a dimension is dead
+    Source:  paper (Tables A11, A13)
+             choice (not said): 2048 rows, all values of the tokens as stage 2 draws them; a dimension is dead
              where its mean varies by less than 0.01 over clips (arXiv 1509.00519)
-             **departs**: A11 says crops at random in space too; the cache has none
+             departs (A11 also crops at random in space): the cache holds what stage 2 learns from
     """
     rng = np.random.default_rng(seed)
     mean, logvar, z = draw_tokens(cache, rng.permutation(len(cache))[:2048], seed)
@@ -257,6 +257,8 @@ def token_statistics(cache, video, seed):
 def draw_tokens(cache, rows, seed):
     """Mean, log-variance and one draw of the posterior for some rows of a cache. Shapes: -> three of (b, N, d)."""
     mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise ValueError("the token cache holds values that are not finite; make it anew")
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
     return mean, logvar, mean + (logvar / 2).exp() * noise
 
@@ -316,7 +318,7 @@ class Meter:
     def of_clip(self, video):
         """All that a clip says by itself. Shapes: (B, T, 3, R, R) -> {name: (B, k)}.
 
-        Source:  **choice** (paper silent): the pixels of --novelty are means of 4 x 8 x 8 cells, the picture of a clip
+        Source:  choice (not said): the pixels of --novelty are means of 4 x 8 x 8 cells, the picture of a clip
         """
         found = dict(features=self.features(video))
         found["pixels"] = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8)).flatten(1)
@@ -360,11 +362,12 @@ class Meter:
 
 @torch.no_grad()
 def compare(cfg):
-    """Measure the fake side against the real one.
-
-    Returns {name: (value, note)}; {what: `novelty`} and the picture of the closest pairs; the protocol
-    """
+    """Measure the fake side against the real one. Returns what `report` takes."""
     real, fake, cfg = open_sides(cfg)
+    copies = {}
+    picture = None
+    if cfg.novelty:
+        copies = look_for_copied_tokens(fake, cfg)
     meter = Meter(cfg)
     of_real = meter.measure(meter.of_clip, range(len(real)), real)
     of_fake = meter.measure(meter.of_clip, range(len(fake)), fake)
@@ -377,12 +380,10 @@ def compare(cfg):
             rows[name] = (value.mean(), f"mean over the frames of {len(value)} pairs")
     if cfg.features == "i3d":
         rows["I3D check"] = (check_i3d(meter), "black against white; 151.26 elsewhere")
-    copies = {}
-    picture = None
     if cfg.novelty:
-        copies, picture = look_for_copies(real, fake, of_real, of_fake, meter)
-        copies.update(look_for_copied_tokens(fake, cfg))
-    return rows, copies, picture, protocol_of(real, fake, meter)
+        copied_clips, picture = look_for_copies(real, fake, of_real, of_fake, meter)
+        copies = copied_clips | copies
+    return dict(rows=rows, copies=copies, picture=picture, protocol=protocol_of(real, fake, meter))
 
 
 def main(argv=None):
@@ -394,23 +395,19 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # lpips's; torch has to mend them
     torch.set_float32_matmul_precision("highest")       # TF32 would move the numbers from card to card
     torch.backends.cudnn.allow_tf32 = False
-    rows = {}
-    copies = {}
-    picture = None
-    protocol = dict(tokens=cfg.tokens, seed=cfg.seed)
+    found = dict(rows={}, copies={}, picture=None, protocol=dict(tokens=cfg.tokens, seed=cfg.seed))
+    token_rows = {}
     try:
-        if cfg.real:
-            rows, copies, picture, protocol = compare(cfg)
         if cfg.tokens:
-            rows.update(token_statistics(*open_tokens(cfg.tokens), cfg.seed))
+            token_rows = token_statistics(*open_tokens(cfg.tokens), cfg.seed)
+        if cfg.real:
+            found = compare(cfg)
     except (RuntimeError, TypeError, ValueError) as error:      # clips that a network refuses, memory that is full
         reason = str(error).strip().split("\n")[-1]
         raise SystemExit(f"not measured: {reason} (short of memory? lower --batch)") from error
-    path = Path(cfg.out)
-    report(path, rows, copies, protocol)
-    if picture is not None:
-        save_video(path.with_suffix(".gif"), picture)
-    return path
+    found["rows"].update(token_rows)
+    report(Path(cfg.out), **found)
+    return Path(cfg.out)
 
 
 # ---------------------------------------------------------------------------------------------- The method ends here
@@ -457,7 +454,7 @@ def load_i3d(path="", device="cpu"):
 
     Shapes:  -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, 400), for T >= 10
     Raises:  SystemExit where the file is missing and cannot be downloaded, or has another sha256
-    Source:  **choice** (paper silent): called as StyleGAN-V does: bytes in, rescaled and resized to 224 x 224 inside
+    Source:  choice (not said): called as StyleGAN-V does: bytes in, rescaled and resized to 224 x 224 inside
     """
     file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt")
     for url in I3D_URLS:
@@ -596,6 +593,8 @@ def open_videos(spec, split, cfg, held_out=False):
         dataset = "folder"
         if not root.is_dir():
             raise SystemExit(f"{spec!r} is no folder of videos, nothing that sample.py wrote, and not toy")
+        if cfg.stride != int(cfg.stride):
+            raise SystemExit(f"the clips on disk are {cfg.stride} frames apart: choose --stride for {spec}")
     index = Path(cfg.out).parent / f"index-{root.resolve().name}"
     wanted = vars(cfg) | dict(dataset=dataset, data_root=root, split=split, flip=False, out=index)
     return build_dataset(SimpleNamespace(**wanted), held_out)
@@ -690,7 +689,7 @@ def look_for_copies(real, fake, of_real, of_fake, meter):
 def look_for_copied_tokens(fake, cfg):
     """The same among weight tokens, where sample.py kept those of the fake side and --tokens names what trained.
 
-    Source:  **choice** (paper silent): differences are counted in widths of the posterior, whose draws are the copies;
+    Source:  choice (not said): differences are counted in widths of the posterior, whose draws are the copies;
              with their own video left out they are what cannot be copies, as held-out clips have no tokens
     """
     kept = getattr(fake.dataset, "tokens", None)
@@ -738,7 +737,7 @@ def open_tokens(path):
     try:
         cache = np.load(path, mmap_mode="r")
         about = json.loads(Path(path).with_suffix(".json").read_text())
-        video = np.array(about["videos"])
+        video = np.array(about.get("about", about)["videos"])
         if cache.dtype != np.float16 or cache.ndim != 4 or cache.shape[1] not in (2, 3):
             raise ValueError(f"it holds {cache.dtype} {cache.shape}")
         if video.shape != cache.shape[:1] or video.min() < 0:
@@ -764,14 +763,18 @@ def protocol_of(real, fake, meter):
     return protocol
 
 
-def report(path, rows, copies, protocol):
-    """Print the tables and the protocol, and write them."""
+def report(path, rows, copies, picture, protocol):
+    """Print the tables and the protocol, write them, and the picture beside them.
+
+    rows {name: (value, note)}, copies {what: `novelty`}, picture (T, 3, H, W) or None, protocol {name: value}
+    """
     for name, (value, note) in rows.items():
         print(f"{name:<24}{value:>12.5g}   {note}")
     if copies:
-        print(f"{'new or remembered?':<40}{'nearest':>9}{'second':>9}{'ratio':>7}{'copies':>8}")
+        print(f"{'new or remembered?':<40}{'nearest':>9}{'second':>9}{'d1/d2':>7}{'d1<d2/3':>9}")
     for name, row in copies.items():
-        print(f"{name:<40}{row['nearest']:>9.4g}{row['second']:>9.4g}{row['ratio']:>7.2f}{row['share']:>8.1%}")
+        medians = f"{row['nearest']:>9.4g}{row['second']:>9.4g}{row['ratio']:>7.2f}"
+        print(f"{name:<40}{medians}{row['share']:>9.1%}")
     for key, value in protocol.items():
         if isinstance(value, Counter):
             value = f"{len(value)} classes, {min(value.values())} to {max(value.values())} clips each"
@@ -779,6 +782,8 @@ def report(path, rows, copies, protocol):
     results = {name: dict(value=float(value), note=note) for name, (value, note) in rows.items()}
     written = dict(results=results, novelty=copies, protocol=protocol)
     write_file(path, json.dumps(written, indent=1).encode())
+    if picture is not None:
+        save_video(path.with_suffix(".gif"), picture)
 
 
 if __name__ == "__main__":
