@@ -14,9 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import html
 import inspect
-import io
 import json
 import math
 import os
@@ -24,7 +22,6 @@ import re
 import sys
 import threading
 import unicodedata
-import urllib.parse
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +31,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
@@ -61,10 +58,8 @@ class Config:
 
 # ------------------------------------------------------------------------------------------ toy clips
 
-COLOURS = {
-    "red": (215, 65, 60), "yellow": (220, 200, 60), "green": (70, 190, 85), "cyan": (70, 200, 205),
-    "blue": (75, 105, 225), "magenta": (205, 85, 195), "white": (220, 220, 220),
-}
+# red, yellow, green, cyan, blue, magenta, white
+COLOURS = "#d7413c #dcc83c #46be55 #46c8cd #4b69e1 #cd55c3 #dcdcdc".split()
 SHAPES = ("ball", "ring", "bar", "pillar")
 MOTIONS = ("sliding", "pulsing")
 TOY_VIDEOS = 16384                  # as many train as are held out
@@ -78,13 +73,13 @@ def draw_toy(rng, label, frames, resolution):
     """
     shape = SHAPES[label // 2]
     motion = MOTIONS[label % 2]
-    colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) / 127.5 - 1
+    colour = ImageColor.getrgb(COLOURS[rng.integers(len(COLOURS))])
+    colour = np.array(colour) / 127.5 - 1
     ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, 3)    # dark grey, slightly tinted
     r = rng.uniform(0.44, 0.56)
     time = np.linspace(-0.5, 0.5, frames)                               # any T spans the same motion
     if motion == "pulsing":
-        centre = rng.uniform(0.6 * r - 0.6, 0.6 - 0.6 * r, 2)
-        centre = np.broadcast_to(centre, (frames, 2))                               # (T, 2)
+        centre = rng.uniform(0.6 * r - 0.6, 0.6 - 0.6 * r, 2)[None]                 # (1, 2)
         beat = np.sin(2 * np.pi * (rng.uniform(0.8, 1.2) * time + rng.random()))    # (T,)
         r = r * (1 + 0.4 * beat)[:, None, None]                                     # (T, 1, 1)
     else:
@@ -94,9 +89,8 @@ def draw_toy(rng, label, frames, resolution):
         room = np.maximum(0.97 - r - abs(way) / 2, 0)                   # it stays in the picture
         centre = rng.uniform(-room, room) + np.outer(time, way)                     # (T, 2)
     grid = (np.arange(resolution) + 0.5) * 2 / resolution - 1                       # (R,)
-    x = grid[None, None, :] - centre[:, 0, None, None]                              # (T, 1, R)
-    y = centre[:, 1, None, None] - grid[None, :, None]                              # (T, R, 1), up
-    x, y = np.broadcast_arrays(x, y)                                                # (T, R, R) each
+    x = grid - centre[:, 0, None, None]                                             # (T or 1, 1, R)
+    y = centre[:, 1, None, None] - grid[:, None]                                    # (T or 1, R, 1), up
     if shape == "ball":             # signed distance to the outline: negative inside
         distance = np.hypot(x, y) - 0.8 * r
     elif shape == "ring":
@@ -106,7 +100,7 @@ def draw_toy(rng, label, frames, resolution):
     else:
         distance = np.maximum(abs(x) - 0.36 * r, abs(y) - r)
     cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]     # (T, 1, R, R); soft edges
-    video = cover * colour[None, :, None, None] + (1 - cover) * ground[None, :, None, None]
+    video = cover * colour[:, None, None] + (1 - cover) * ground[:, None, None]
     return torch.from_numpy(video.astype(np.float32))                               # (T, 3, R, R)
 
 
@@ -134,9 +128,9 @@ class ToyVideos:
         clip = draw_toy(rng, self.labels[i], self.cfg.frames, self.cfg.resolution)
         return clip, int(self.labels[i])
 
-    def draws(self, i, seed):
-        """As `VideoFolder.draws`."""
-        yield i, 0, 1, False
+    def draw(self, i, rng):
+        """As `VideoFolder.draw`."""
+        return 0, 1, False
 
     def whole(self, i, stop):
         """As `VideoFolder.whole`."""
@@ -159,62 +153,63 @@ class VideoFolder:
 
     def __init__(self, cfg, held_out=False):
         self.cfg = cfg
-        self.labels = []
         groups = split_groups(cfg.split)
         root, found, left_out = find_videos(cfg)
-        index_path = Path(cfg.out) / "index.json"
-        index = scan(found, root, index_path)
+        index = scan(found, root, Path(cfg.out) / "index.json")
         span = (cfg.frames - 1) * max(cfg.stride, 1) + 1
-        usable = [path for path in found if index[path]["frames"] >= span]
-        if not usable:
-            raise SystemExit(f"--data-root {root} has no readable video of at least {span} frames "
-                             f"({len(found)} video files seen); {TREE}")
-        train = [path for path in usable if group_of(path, root) in groups]
-        if not train and not held_out:
-            raise SystemExit(f"--split {cfg.split} leaves no video of {root} for training; "
-                             "try --split all")
+        train = []
+        others = []
+        for path in found:
+            if index[path]["frames"] < span:
+                left_out[f"unreadable or shorter than {span} frames"].append(path.name)
+            elif group_of(path, root) in groups:
+                train.append(path)
+            else:
+                others.append(path)
+        if not train:
+            raise SystemExit(f"--data-root {root}: of {len(found)} videos none in the groups of --split "
+                             f"{cfg.split} is readable and has {span} frames; {TREE}")
         self.classes = sorted({class_of(path) for path in train})
-        others = set(usable) - set(train)
         self.files = train
         if held_out:
-            self.files = [p for p in usable if p in others and class_of(p) in self.classes]
-        else:
-            why = f"unreadable or shorter than {span} frames, see {index_path}"
-            left_out[why] = [path.name for path in found if path not in usable]
-            why = "of a class without a clip that trains"
-            left_out[why] = [p.name for p in others if class_of(p) not in self.classes]
-            report(root, left_out)
-        self.labels = np.array([self.classes.index(class_of(p)) for p in self.files], dtype=np.int64)
-        self.lengths = np.array([index[path]["frames"] for path in self.files], dtype=np.int64)
+            self.files = [path for path in others if class_of(path) in self.classes]
+        for path in others:
+            if class_of(path) not in self.classes:
+                left_out["of a class that does not train"].append(class_of(path))
+        if left_out and not held_out:
+            told = "; ".join(f"{len(names)} {why} {names[:3]}" for why, names in left_out.items())
+            print(f"{root}: left out {told}; {cfg.out}/index.json has every video")
+        self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], dtype=int)
+        self.lengths = np.array([index[path]["frames"] for path in self.files], dtype=int)
         self.keys = [index[path]["keys"] for path in self.files]
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, key):
-        for i, start, stride, mirrored in self.draws(*key):
+        i, seed = key
+        rng = np.random.default_rng(seed)
+        for _ in range(10):         # a file that broke since the scan must not end a long run
+            start, stride, mirrored = self.draw(i, rng)
             try:
                 clip = read_clip(self.files[i], start, self.cfg.frames, stride,
                                  self.cfg.resolution, self.keys[i])
-            except ValueError as error:     # a file that broke since the scan must not end a long run
+            except ValueError as error:
                 print(f"skipping: {error}", file=sys.stderr)
                 problem = error
+                i = int(rng.integers(len(self)))    # its label comes along, so labels cannot shift
                 continue
             if mirrored:
                 clip = clip.flip(-1)
-            return clip, int(self.labels[i])        # the label comes along, so labels cannot shift
+            return clip, int(self.labels[i])
         raise SystemExit(f"ten videos in a row could not be read; the last: {problem}")
 
-    def draws(self, i, seed):
-        """What (video, seed) stands for: video, first frame, stride, mirrored; then nine substitutes."""
-        rng = np.random.default_rng(seed)
-        for _ in range(10):
-            steps = self.cfg.frames - 1
-            stride = self.cfg.stride or int(self.lengths[i] - 1) // max(steps, 1)
-            start = int(rng.integers(self.lengths[i] - steps * stride))
-            mirrored = self.cfg.flip and rng.random() < 0.5
-            yield i, start, stride, mirrored
-            i = int(rng.integers(len(self)))
+    def draw(self, i, rng):
+        """Which clip of video i: its first frame, stride, and whether it is mirrored."""
+        steps = self.cfg.frames - 1
+        stride = self.cfg.stride or int(self.lengths[i] - 1) // max(steps, 1)
+        start = int(rng.integers(self.lengths[i] - steps * stride))
+        return start, stride, self.cfg.flip and rng.random() < 0.5
 
     def whole(self, i, stop):
         """Every frame of video i. Shapes: -> (n, R, R, 3) uint8. Raises: ValueError."""
@@ -241,54 +236,44 @@ def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
 class ClipsInMemory:
     """A dataset whose videos are decoded once and kept, small and as bytes, on the training device.
 
-    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,) int64 on the CPU;
+    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,) int64 on the CPU:
              the clips that dataset[video, seed] gives, toy clips rounded to bytes
-    Raises:  SystemExit in one line where memory is short
+    Raises:  SystemExit in one line where memory is short or a video broke since the scan
     """
 
     def __init__(self, dataset, device):
-        cfg = dataset.cfg
         self.dataset = dataset
-        self.device = device
         self.first = np.cumsum(dataset.lengths) - dataset.lengths       # row of each video's frame 0
-        shape = (int(dataset.lengths.sum()), cfg.resolution, cfg.resolution, 3)
+        R = dataset.cfg.resolution
+        shape = (int(dataset.lengths.sum()), R, R, 3)
         need = math.prod(shape) / 1e9
         room = free_memory(device) / 1e9
-        told = f"{len(dataset)} videos, {shape[0]} frames: {need:.2f} GB in memory ({device})"
+        print(f"{len(dataset)} videos take {need:.3f} GB of memory ({device}: {room:.1f} GB free)")
         if need > 0.8 * room:
-            raise SystemExit(f"{told}, of {room:.2f} GB free; give --no-in-memory or fewer videos")
-        print(told)
+            raise SystemExit("they do not fit: give --no-in-memory, or fewer videos")
         self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        videos = range(len(dataset))
-        self.readable = list(in_threads(self.load, videos, desc="decoding videos", unit="video"))
+        for _ in in_threads(self.load, range(len(dataset)), desc="decoding videos", unit="video"):
+            pass
 
     def load(self, i, stop):
-        """Decode video i into its place. False where it cannot be read."""
-        first = self.first[i]
-        try:
-            self.pixels[first:first + self.dataset.lengths[i]] = self.dataset.whole(i, stop)
-        except ValueError as error:
-            print(f"skipping: {error}", file=sys.stderr)
-            return False
-        return True
+        """Decode video i into its place."""
+        video = self.dataset.whole(i, stop)
+        self.pixels[self.first[i]:self.first[i] + len(video)] = video
 
     def batch(self, keys):
-        """The clips of B (video, seed) keys, indexed, mirrored and scaled on the device."""
+        """The clips of B (video, seed) keys, gathered, scaled and mirrored on the device."""
         rows = []
-        labels = []
         flips = []
-        for key in keys:
-            draws = (draw for draw in self.dataset.draws(*key) if self.readable[draw[0]])
-            i, start, stride, mirrored = next(draws, (None, 0, 0, 0))
-            if i is None:
-                raise SystemExit("ten videos in a row could not be read when memory was filled")
+        for i, seed in keys:
+            start, stride, mirrored = self.dataset.draw(i, np.random.default_rng(seed))
             rows.append(self.first[i] + start + stride * np.arange(self.dataset.cfg.frames))
-            labels.append(int(self.dataset.labels[i]))
-            flips.append(bool(mirrored))
-        rows = torch.from_numpy(np.stack(rows)).to(self.device)                     # (B, T)
+            flips.append(mirrored)
+        device = self.pixels.device
+        rows = torch.from_numpy(np.stack(rows)).to(device)                          # (B, T)
         video = from_uint8(self.pixels[rows])                                       # (B, T, 3, R, R)
-        flips = torch.tensor(flips, device=self.device)[:, None, None, None, None]
-        return torch.where(flips, video.flip(-1), video), torch.tensor(labels)
+        flips = torch.tensor(flips, device=device).view(-1, 1, 1, 1, 1)
+        labels = torch.from_numpy(self.dataset.labels[[i for i, _ in keys]])
+        return torch.where(flips, video.flip(-1), video), labels
 
 
 # ------------------------------------------------------------------------------------------ what tasks ask of clips
@@ -384,19 +369,19 @@ class Videos:
 
     @classmethod
     def create(cls, path, settings, classes):
-        """Open for appending; resumes where settings and classes are those of the clips already there."""
+        """Open for appending; goes on where settings and classes are those of the clips already there."""
         self = cls(path)
-        fresh = dict(settings=settings, classes=classes, labels=[], has_tokens=False, sha256={})
-        self.about = json.loads(json.dumps(fresh))      # as it will be read back
+        fresh = json.dumps(dict(settings=settings, classes=classes, labels=[], sha256={}))
+        self.about = json.loads(fresh)                  # as it will be read back
         old = read_checked(self.about_path)
-        if old is None and (self.path.exists() or self.about_path.exists()):
-            raise SystemExit(f"{self.path} or its .json is not one of ours; choose another folder")
-        with one_line(self.path):
-            if old and all(old[key] == self.about[key] for key in ("settings", "classes")):
-                if self.path.exists() and self.tokens_path.exists() >= old["has_tokens"]:
-                    self.about = old
-            if not self.about["labels"]:        # others may still read what stood there
-                self.path.unlink(missing_ok=True)
+        if old:
+            if all(old[key] == self.about[key] for key in ("settings", "classes")):
+                self.about = old
+        elif self.path.exists() or self.about_path.exists():
+            raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
+        if not self.done:
+            with one_line(path):
+                self.path.unlink(missing_ok=True)       # others may still read what stood there
                 self.tokens_path.unlink(missing_ok=True)
         return self
 
@@ -406,21 +391,20 @@ class Videos:
         return len(self.about["labels"])
 
     def add(self, videos, labels, tokens=None):
-        """Append k clips. Shapes: videos (k, T, 3, R, R) in [-1, 1], tokens (k, N, d)."""
-        self.about["has_tokens"] = tokens is not None
-        self.about["sha256"] = {}
+        """Append k clips. Shapes: videos (k, T, 3, R, R) in [-1, 1], labels k, tokens (k, N, d)."""
         with one_line(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             append(self.path, to_uint8(videos), self.done)
             if tokens is not None:
                 append(self.tokens_path, tokens.float().cpu().numpy(), self.done)
         self.about["labels"] += [int(label) for label in labels]
+        self.about["sha256"] = {}
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
 
     def close(self):
         """Finish: the checksums by which `open` knows that all is there."""
-        for path in [self.path] + [self.tokens_path] * self.about["has_tokens"]:
-            self.about["sha256"][path.name] = file_hash(path)
+        for path in (self.path, self.tokens_path):
+            if path.exists():
+                self.about["sha256"][path.name] = file_hash(path)
         write_checked(self.about_path, self.about)
 
     @classmethod
@@ -428,25 +412,22 @@ class Videos:
         """Open for reading, after everything was checked."""
         self = cls(path)
         self.about = read_checked(self.about_path)
-        if self.about is None:
-            raise SystemExit(f"{path} has no whole .json of ours beside it; make the clips again")
-        if not self.about["sha256"]:
-            raise SystemExit(f"{path} is not finished; run the command that writes it again")
+        if not self.about or not self.about.get("sha256"):
+            raise SystemExit(f"{path}: its .json is missing, damaged or not finished; make the clips again")
+        self.tokens = None
         try:
-            names = {self.path.name: self.path, self.tokens_path.name: self.tokens_path}
             for name, known in self.about["sha256"].items():
-                if file_hash(names[name]) != known:
-                    raise ValueError("its checksum is another")
+                if file_hash(self.path.with_name(name)) != known:
+                    raise ValueError(f"{name} has changed")
             self.pixels = np.load(self.path, mmap_mode="r")
-            self.tokens = None
-            if self.about["has_tokens"]:
+            if self.tokens_path.name in self.about["sha256"]:
                 self.tokens = np.load(self.tokens_path, mmap_mode="r")
-        except Exception as error:                      # damaged files raise anything
+        except (OSError, ValueError) as error:
             raise SystemExit(f"{path} is damaged ({error}); make the clips again") from error
         self.shape = self.pixels.shape
         self.settings = self.about["settings"]
         self.classes = self.about["classes"]
-        self.labels = np.array(self.about["labels"], dtype=np.int64)
+        self.labels = np.array(self.about["labels"])
         return self
 
     def __len__(self):
@@ -461,10 +442,9 @@ def main(argv=None):
     """Command line: print what the data set holds. Returns the data set."""
     cfg = parse_config(Config, {}, argv)
     dataset = build_dataset(cfg)
-    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
-    print(f"{len(dataset)} videos of {len(dataset.classes)} classes; "
-          f"clips of {cfg.frames} x {cfg.resolution}^2")
-    print(", ".join(f"{name}: {count}" for name, count in zip(dataset.classes, counts)))
+    print(f"{len(dataset)} videos of {len(dataset.classes)} classes; clips of {cfg.frames} x {cfg.resolution}^2")
+    for label, name in enumerate(dataset.classes):
+        print(f"{(dataset.labels == label).sum():8d} {name}")
     return dataset
 
 
@@ -480,49 +460,32 @@ def parse_config(cls, presets, argv=None, dataset=None):
     purpose: settings that nobody explained do not ship. Unknown flags and bad values exit with 2.
     """
     notes = dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=dataset or getattr(cls, "dataset", None))
-    dataset = first.parse_known_args(argv)[0].dataset
     about = inspect.cleandoc(sys.modules[cls.__module__].__doc__).split("\n")[0]
     parser = argparse.ArgumentParser(allow_abbrev=False, description=about,
                                      usage="%(prog)s [--flag value ...]; --help lists the flags")
     for field in dataclasses.fields(cls):
-        note = notes[field.name]
-        kind = dict(type=field.type)
-        values = re.match(r"([\w.]+(?:\|[\w.]+)+):", note)
+        kind = {"type": field.type}
         if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif values:
-            kind["choices"] = [field.type(value) for value in values[1].split("|")]
-            kind["metavar"] = field.name.upper()
-        elif field.type in (int, float):
-            kind["type"] = bounded(field.type, note)
-        note = note.replace("%", "%%") + " (default: %(default)s)"
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=note, **kind)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind,
+                            help=notes[field.name].replace("%", "%%") + " (default: %(default)s)")
+    if dataset:
+        parser.set_defaults(dataset=dataset)
     if presets:
-        parser.set_defaults(dataset=dataset, **presets.get(dataset, {}))
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def bounded(kind, note):
-    """The type of a flag for argparse: a number within the `lo..hi:` of its comment; never nan or inf."""
-    low = -sys.float_info.max
-    high = sys.float_info.max
-    limits = re.match(r"(-?[\d.]*\d)\.\.(-?[\d.]*\d)?:", note)
-    if limits:
-        low = kind(limits[1])
-        high = kind(limits[2] or high)
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            named = limits[0] if limits else "finite numbers:"
-            raise argparse.ArgumentTypeError(f"{text} is outside {named[:-1]}")
-        return value
-
-    read.__name__ = kind.__name__       # argparse names it
-    return read
+        row = parser.parse_args(argv).dataset
+        parser.set_defaults(**presets.get(row, {}))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        choices = re.match(r"([\w.]+(\|[\w.]+)+):", notes[name])
+        limits = re.match(r"(-?[\d.]*\d)\.\.(-?[\d.]*\d)?:", notes[name])
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if choices:
+            wrong = str(value) not in choices[1].split("|")
+        elif limits:
+            wrong |= not float(limits[1]) <= value <= float(limits[2] or "inf")
+        if wrong:
+            parser.error(f"--{name.replace('_', '-')} {value!r}: {notes[name]}")
+    return cls(**values)
 
 
 # ------------------------------------------------------------------------------------------ finding videos
@@ -541,31 +504,30 @@ TREE = f"""a --data-root is expected to look like
 def find_videos(cfg):
     """Every video file of --data-root, links to folders followed.
 
-    Returns the root, the files in order, and what was left out as {reason: [names]}
+    Returns the root, the files in order, and what was left out: {why: [names]}
     """
     root = Path(cfg.data_root)
+    found = []
     left_out = collections.defaultdict(list)
     if not cfg.data_root or not root.exists():
         raise SystemExit(f"--data-root {cfg.data_root!r} is not there; {TREE}")
     if root.is_file():
         return root.parent, [root], left_out
-    found = []
 
     def walk(folder, above):
         real = os.path.realpath(folder)
-        if real in above:                               # a link to a folder that it lies in
+        if real in above:                               # a link back to a folder that it lies in
             return
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError:
-            left_out["in a folder that cannot be read"].append(folder.name)
+        if not os.access(folder, os.R_OK | os.X_OK):
+            left_out["folders that cannot be read"].append(folder.name)
             return
         ours = written(folder)
-        for name in names:
-            path = folder / name
+        for path in sorted(folder.iterdir()):
+            name = path.name
+            if name in (".written", ".lock"):
+                continue
             if name.startswith(".") or name.casefold() in LEAVINGS:
-                if name not in (".written", ".lock"):
-                    left_out["hidden or left by a system"].append(name)
+                left_out["hidden or left by a system"].append(name)
             elif os.path.isdir(path):
                 walk(path, above | {real})
             elif name in ours:
@@ -573,22 +535,10 @@ def find_videos(cfg):
             elif path.suffix.lower() in SUFFIXES:
                 found.append(path)
             else:
-                left_out["other files"].append(path.suffix.lower() or name)
+                left_out[f"{path.suffix.lower() or 'other'} files"].append(name)
 
     walk(root, frozenset())
-    return root, sorted(found), left_out
-
-
-def report(root, left_out):
-    """One line that counts and names what was left out, if anything was."""
-    parts = []
-    for why, names in left_out.items():
-        if names:
-            counts = collections.Counter(names).most_common(5)
-            named = ", ".join(f"{name!r}" if n == 1 else f"{n} {name!r}" for name, n in counts)
-            parts.append(f"{len(names)} {why} ({named})")
-    if parts:
-        print(f"{root}: left out {'; '.join(parts)}")
+    return root, found, left_out
 
 
 def class_of(path):
@@ -611,12 +561,11 @@ def split_groups(split):
     named = {"all": "1-25", "train": "8-25", "test": "1-7"}.get(split, split)
     groups = set()
     for part in named.split(","):
-        ends = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
-        first = int(ends[1]) if ends else 0
-        last = int(ends[2] or first) if ends else 0
-        if not 1 <= first <= last <= 25:
+        first, _, last = part.partition("-")
+        last = last or first
+        if not re.fullmatch("[0-9]+ [0-9]+", f"{first} {last}") or not 1 <= int(first) <= int(last) <= 25:
             raise SystemExit(f"--split {split}: all, train, test or groups of 1-25 such as 1-19,23")
-        groups.update(range(first, last + 1))
+        groups.update(range(int(first), int(last) + 1))
     return groups
 
 
@@ -631,20 +580,17 @@ def scan(files, root, index_path):
         index = {}
         if index_path.exists():                         # damaged, or somebody else's
             with one_line(index_path):
-                index_path.replace(index_path.with_suffix(".json.old"))
+                index_path.replace(index_path.with_suffix(".old"))
 
     def look(path, stop):
-        found = dict(size=0, mtime=0, frames=0, keys=[], error="")
         try:
-            found["size"] = path.stat().st_size
-            found["mtime"] = path.stat().st_mtime
-            old = index.get(str(path.relative_to(root)), {"keys": []})
-            if old["keys"] and all(old[key] == found[key] for key in ("size", "mtime")):
+            state = dict(size=path.stat().st_size, mtime=path.stat().st_mtime)
+            old = index.get(str(path.relative_to(root)))
+            if old and old["keys"] and state.items() <= old.items():
                 return old
-            found["frames"], found["keys"], found["error"] = survey(path, stop)
+            return state | survey(path, stop)
         except Exception as problem:                    # hostile files raise anything
-            found["error"] = f"{type(problem).__name__}: {problem}"
-        return found
+            return dict(frames=0, keys=[], error=repr(problem))
 
     fresh = {}
     before = dict(index)
@@ -683,66 +629,58 @@ def in_threads(work, items, **bar):
 NEVER = threading.Event()
 
 
-def decode(path, stamp=None, stop=NEVER, damage=None):
+def decode(path, damage, stamp=None, stop=NEVER):
     """The frames of a video in order; with `stamp`, from the key frame that has this time stamp.
 
     A damaged packet costs its own frames, and is noted in the list `damage`.
 
-    Returns  pairs of a frame and its pixel aspect (width by height)
+    Returns  pairs of a frame and how to show it: the aspect of its pixels, and the display matrix or None
     Raises:  whatever the decoder raises for a file that it cannot open
     """
     if not os.path.isfile(path):                        # opening a named pipe would wait for ever
         raise FileNotFoundError("not a regular file")
-    damage = [] if damage is None else damage
     # Names may hold colons and files may name addresses: both stay local files.
     with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
-        stream = choose_stream(file)
+        stream = file.streams.best("video")             # as players choose: no cover picture
+        if stream is None:
+            raise ValueError("no film in it")
         stream.codec_context.options = {"max_pixels": str(2 ** 25)}     # 8K; damaged headers claim anything
         stream.codec_context.thread_count = 1           # loader workers and the scan run side by side already
         aspect = stream.sample_aspect_ratio or 1
         if not 1 / 8 < aspect < 8:
             aspect = 1
+        show = None
         if stamp is not None:
             file.seek(stamp, stream=stream)
         packets = file.demux(stream)
-        packet = True
-        while packet:
-            if stop.is_set():
-                raise KeyboardInterrupt
+        while not stop.is_set():
             try:
-                packet = next(packets, None)
-                frames = packet.decode() if packet else []
+                frames = next(packets).decode()
+            except StopIteration:
+                return
             except av.FFmpegError as error:
                 damage.append(f"{type(error).__name__}: {error}")
                 continue
             for frame in frames:
                 if stamp is None or frame.pts == stamp:
                     stamp = None                        # the key frame is found: all from here on
-                    yield frame, aspect
-
-
-def choose_stream(file):
-    """The video stream that a player would show: the default one, never a cover picture."""
-    cover = av.stream.Disposition.attached_pic
-    films = [stream for stream in file.streams.video if not stream.disposition & cover]
-    best = file.streams.best("video")
-    if not films:
-        raise ValueError("no film in it")
-    if best in films:
-        return best
-    return films[0]
+                    # Once a file: frames whose side data was looked at wait for the garbage collector.
+                    show = show or (aspect, frame.side_data.get("DISPLAYMATRIX"))
+                    yield frame, show
+        raise KeyboardInterrupt
 
 
 def survey(path, stop=NEVER):
     """Count the frames that really decode, as headers of damaged files lie; list where decoding may begin.
 
-    Returns  count, [[frame index, time stamp]] of key frames at least 8 apart, what was damaged
+    Returns  dict(frames, keys, error): the count, [[frame index, time stamp]] of key frames at least 8
+             apart, and what was damaged
     Raises:  what the decoder raises
     """
     stamps = []
     keys = [[0, None]]
     damage = []
-    for k, (frame, _) in enumerate(decode(path, stop=stop, damage=damage)):
+    for k, (frame, _) in enumerate(decode(path, damage, stop=stop)):
         stamps.append(frame.pts)
         if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little and make a long index
             keys.append([k, frame.pts])
@@ -752,12 +690,12 @@ def survey(path, stop=NEVER):
     rising = None not in stamps and all(a < b for a, b in zip(stamps, stamps[1:]))
     if damage or not rising:
         keys = keys[:1]
-    return len(stamps), keys, "; ".join(damage[:3])
+    return dict(frames=len(stamps), keys=keys, error="; ".join(damage[:3]))
 
 
 def count_frames(path):
     """Number of frames that really decode. Raises what the decoder raises."""
-    return survey(path)[0]
+    return survey(path)["frames"]
 
 
 def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
@@ -773,9 +711,9 @@ def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
         try:
             pictures = []
             numbers = range(first, indices[-1] + 1)
-            for k, (frame, aspect) in zip(numbers, decode(path, stamp, stop)):
+            for k, (frame, show) in zip(numbers, decode(path, [], stamp, stop)):
                 if k in indices:
-                    pictures.append(shrink(upright(frame, aspect, scaler), resolution))
+                    pictures.append(shrink(upright(frame, *show, scaler), resolution))
             if len(pictures) == len(indices):
                 return torch.stack(pictures)
         except Exception as error:                      # hostile files raise anything
@@ -784,13 +722,12 @@ def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
                      f"(av {av.__version__}; 17 or later is needed)")
 
 
-def upright(frame, aspect, scaler):
+def upright(frame, aspect, matrix, scaler):
     """A frame as a player shows it: square pixels, turned and mirrored. Shapes: -> (H, W, 3) uint8."""
     width = max(round(frame.width * aspect), 1)
     image = scaler.reformat(frame, width=width, format="rgb24", threads=1).to_ndarray()
-    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]      # x' = a x + c y, y' = b x + d y
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]      # x' = a x + c y, y' = b x + d y
         if abs(a) < abs(b):                             # a quarter turn
             image = image.swapaxes(0, 1)
             a = c
@@ -810,13 +747,11 @@ def shrink(image, resolution):
     """
     x = torch.from_numpy(image).permute(2, 0, 1)[None]  # resized as uint8: float takes 4 times as long
     h, w = image.shape[:2]
-    if max(h, w) > 64 * min(h, w):
-        raise ValueError(f"a picture of {w} x {h} pixels")
-    size = [max(resolution, round(side * resolution / min(h, w))) for side in (h, w)]
+    size = [round(side * resolution / min(h, w)) for side in (h, w)]
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
     top = (size[0] - resolution) // 2
     left = (size[1] - resolution) // 2
-    return x[0, :, top:top + resolution, left:left + resolution].permute(1, 2, 0).contiguous()
+    return x[0, :, top:top + resolution, left:left + resolution].permute(1, 2, 0)
 
 
 # ------------------------------------------------------------------------------------------ files and processes
@@ -864,16 +799,17 @@ def append(path, rows, done):
 
     Ordinary writes: a full disk is an OSError, where a memory map would end the process with SIGBUS
     """
-    header = io.BytesIO()
-    about = dict(shape=(done + len(rows), *rows.shape[1:]), fortran_order=False,
-                 descr=np.lib.format.dtype_to_descr(rows.dtype))
-    np.lib.format.write_array_header_1_0(header, about)             # as long for any count
+    about = np.lib.format.header_data_from_array_1_0(rows)
+    about["shape"] = (done + len(rows), *rows.shape[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+b" if done else "wb") as file:
-        file.truncate(len(header.getvalue()) + done * rows[0].nbytes)
-        file.seek(0, os.SEEK_END)
+        np.lib.format.write_array_header_1_0(file, about)           # of one length for any count
+        start = file.tell() + done * rows[0].nbytes
+        if file.seek(0, os.SEEK_END) < start:
+            raise OSError("it is shorter than its .json says; move both away")
+        file.truncate(start)
+        file.seek(start)
         file.write(rows.tobytes())
-        file.seek(0)
-        file.write(header.getvalue())
 
 
 def file_hash(path):
@@ -913,15 +849,11 @@ def claim(folder):
 
 def ranks():
     """(rank, world): which process this is, of how many, as torchrun says; (0, 1) without it."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    told = {name: os.environ.get(name, "") for name in names}
-    rank = told["RANK"] or "0"
-    world = told["WORLD_SIZE"] or "1"
-    if world == "1" and rank == "0":
-        return 0, 1
-    if not (all(told.values()) and re.fullmatch("[0-9]+ [0-9]+", f"{rank} {world}")
-            and int(rank) < int(world)):
-        raise SystemExit(f"{told}: not as torchrun sets them; unset RANK and WORLD_SIZE, or use torchrun")
+    rank = os.environ.get("RANK") or "0"
+    world = os.environ.get("WORLD_SIZE") or "1"
+    whole = world == "1" or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
+    if not re.fullmatch("[0-9]+ [0-9]+", f"{rank} {world}") or int(rank) >= int(world) or not whole:
+        raise SystemExit(f"RANK={rank} WORLD_SIZE={world} is not as torchrun sets them: unset both")
     return int(rank), int(world)
 
 
@@ -933,9 +865,8 @@ def alone(script):
 
 def progress(iterable=None, quiet=False, **settings):
     """A tqdm bar on a terminal; none in a log file, with `quiet` or where TQDM_DISABLE is set."""
-    silenced = os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false")
-    off = quiet or silenced or not sys.stderr.isatty()
-    return tqdm(iterable, disable=off, **settings)
+    silenced = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return tqdm(iterable, disable=quiet or silenced or not sys.stderr.isatty(), **settings)
 
 
 def free_memory(device):
@@ -962,12 +893,12 @@ def load_lpips(name, device):
 # ------------------------------------------------------------------------------------------ pictures
 
 def enlarge(video, side):
-    """Whole times as large, smoothly, until the picture is about `side` wide. Shapes: (..., 3, H, W)."""
-    scale = max(side // max(video.shape[-2:]), 1)
-    if scale == 1:
+    """A whole number of times as large, smoothly, `side` pixels at most. Shapes: (..., 3, H, W)."""
+    scale = side // max(video.shape[-2:])
+    if scale < 2:
         return video
-    flat = video.flatten(0, -4).float()
-    return F.interpolate(flat, scale_factor=scale, mode="bicubic").clamp(-1, 1).unflatten(0, video.shape[:-3])
+    flat = F.interpolate(video.flatten(0, -4), scale_factor=scale, mode="bicubic")
+    return flat.clamp(-1, 1).unflatten(0, video.shape[:-3])
 
 
 def tile(videos, columns, labels=()):
@@ -975,33 +906,26 @@ def tile(videos, columns, labels=()):
 
     Shapes:  videos (n, T, 3, H, W) in [-1, 1], labels n strings or none -> (T, 3, H', W')
     """
-    videos = enlarge(videos.cpu(), 128)
+    videos = enlarge(videos.cpu().float(), 128)
     n, T, _, H, W = videos.shape
-    text = 20 if labels else 0
+    letters = W // 8                                    # height of the text: to be read on a phone
     border = 4
-    h = H + text + border
-    w = W + border
-    sheet = torch.ones(T, 3, -(-n // columns) * h + border, columns * w + border)
-    for i, video in enumerate(videos):
-        top = border + i // columns * h
-        left = border + i % columns * w
-        sheet[..., top + text:top + text + H, left:left + W] = video
-        if labels:
-            strip = torch.from_numpy(np.array(write_label(labels[i], W, text)))
-            sheet[..., top:top + text, left:left + W] = strip / 127.5 - 1
+    top = border
+    if labels:
+        top += letters * 3 // 2
+    rows = -(-n // columns)
+    paper = Image.new("L", (columns * (W + border) + border, rows * (H + top) + border), 255)
+    pen = ImageDraw.Draw(paper)
+    corners = [(border + i % columns * (W + border), i // columns * (H + top)) for i in range(n)]
+    for (x, y), label in zip(corners, labels):
+        label = label[:W // 5]
+        size = min(letters, letters * W / pen.textlength(label, ImageFont.load_default(letters)))
+        pen.text((x, y + top - 2), label, fill=0, font=ImageFont.load_default(size), anchor="ld")
+    sheet = torch.from_numpy(np.array(paper)) / 127.5 - 1                           # (H', W')
+    sheet = sheet.repeat(T, 3, 1, 1)
+    for (x, y), video in zip(corners, videos):
+        sheet[..., y + top:y + top + H, x:x + W] = video
     return sheet
-
-
-def write_label(label, width, height):
-    """A grey picture of a label in the largest letters that fit, cut where none do."""
-    strip = Image.new("L", (width, height), 255)
-    pen = ImageDraw.Draw(strip)
-    for size in range(height - 5, 8, -1):
-        font = ImageFont.load_default(size)
-        if pen.textlength(label, font) <= width:
-            break
-    pen.text((0, height / 2), label, fill=0, font=font, anchor="lm")
-    return strip
 
 
 def save_video(path, video, fps=8):
@@ -1009,7 +933,10 @@ def save_video(path, video, fps=8):
 
     Frames below 128 pixels are enlarged to about 256. What is written is noted in the folder's `.written`,
     so that no run trains on it; a file that is not in there is never replaced.
+
     Shapes:  video (T, 3, H, W) in [-1, 1]
+    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten: above 50
+             frames a second some are left out, and delays are rounded so that their sum stays right
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
     path = Path(path)
@@ -1019,114 +946,178 @@ def save_video(path, video, fps=8):
     if path.suffix == ".png" and len(video) > 1:
         video = tile(video[None].transpose(0, 1), len(video))                       # (1, 3, H', W')
     if max(video.shape[-2:]) < 128:
-        video = enlarge(video, 256)
+        video = enlarge(video.float(), 256)
     frames = to_uint8(video)                                                        # (T, H, W, 3)
-    if path.suffix == ".mp4":
-        odd = [(0, side % 2) for side in frames.shape[1:3]]
-        frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
-        blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264", fps=fps,
-                           in_pixel_format="rgb24")
+    options = {}
+    if path.suffix == ".png":
+        frames = frames[0]
+    elif path.suffix == ".gif":
+        step = max(math.ceil(fps / 50), 1)
+        ends = np.append(np.arange(step, len(frames), step), len(frames))
+        delays = np.diff(np.round(100 * ends / fps), prepend=0).clip(2)
+        frames = frames[::step]
+        options = dict(duration=(10 * delays).tolist(), loop=0)
     else:
-        blob = still_or_gif(path.suffix, frames, fps)
-    if not ours:
-        with one_line(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        _, H, W, _ = frames.shape                       # the codec wants even sides
+        frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+        options = dict(plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
+    blob = iio.imwrite("<bytes>", frames, extension=path.suffix, **options)
+    with one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not ours:
             with open(path.parent / ".written", "a", encoding="utf-8") as file:
                 file.write(path.name + "\n")
     write_file(path, blob)
 
 
-def still_or_gif(suffix, frames, fps):
-    """Encode frames (T, H, W, 3) as .png (the first) or .gif. Returns bytes.
-
-    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten: above 50
-             frames a second some are left out, and delays are rounded so that the sum stays right
-    """
-    frames = [Image.fromarray(frame) for frame in frames]
-    blob = io.BytesIO()
-    if suffix == ".png":
-        frames[0].save(blob, "png")
-        return blob.getvalue()
-    step = max(math.ceil(fps / 50), 1)
-    shown = frames[::step]
-    ends = [round(100 * min(k + step, len(frames)) / fps) for k in range(0, len(frames), step)]
-    delays = [10 * max(int(delay), 2) for delay in np.diff(ends, prepend=0)]
-    shown[0].save(blob, "gif", save_all=True, append_images=shown[1:], duration=delays, loop=0)
-    return blob.getvalue()
-
-
 # ------------------------------------------------------------------------------------------ the page of a run
 
 def write_page(folder, title, settings):
-    """index.html of a run's folder: curves of log.jsonl, settings, newest pictures, videos, sliders.
+    """index.html of a run's folder: sliders, videos, pictures, curves of log.jsonl, settings.
 
-    It opens from the disk without a server, and names only files that are there. An index.html that
-    is not ours stays, and the page is written to run.html.
+    It opens from the disk without a server, and names only files that are there and ours. An index.html
+    that is not ours stays, and the page becomes run.html.
     """
     folder = Path(folder)
-    mark = "<!-- the page of a run, by data.py -->"
     page = folder / "index.html"
-    if page.exists() and mark not in page.read_text(errors="replace"):
+    if page.exists() and not page.read_text(errors="replace").startswith(PAGE[:60]):
         page = folder / "run.html"
-    sheet = read_sheet(folder)
-    ours = [folder / name for name in written(folder) if name and (folder / name).is_file()]
-    ours.sort(key=lambda path: (-path.stat().st_mtime, path.name))
-    pictures = [p.name for p in ours if p.suffix in (".gif", ".png") and p.name != "interp_sheet.png"]
-    films = sorted(path.name for path in ours if path.suffix == ".mp4")
-    rows = "".join(f"<tr><th>{html.escape(str(key))}<td>{html.escape(str(value))}"
-                   for key, value in settings.items())
-    data = json.dumps(dict(rows=read_log(folder / "log.jsonl"), sheet=sheet)).replace("<", "\\u003c")
-    parts = {
-        "TITLE": html.escape(title),
-        "MARK": mark,
-        "FILMS": "".join(figure("<video muted autoplay loop playsinline src='{}'></video>", name)
-                         for name in films[:24]),
-        "PICTURES": "".join(figure("<img loading=lazy alt='' src='{}'>", name) for name in pictures[:6]),
-        "SETTINGS": rows,
-        "DATA": data,
-    }
-    text = re.sub("|".join(f"%{name}%" for name in parts), lambda found: parts[found[0][1:-1]], PAGE)
-    write_file(page, text.encode())
-
-
-def figure(element, name):
-    """A picture or video of the page, with its name below."""
-    return f"<figure>{element.format(urllib.parse.quote(name))}<figcaption>{html.escape(name)}</figure>\n"
-
-
-def read_log(path):
-    """At most about 500 rows of a log, the last one always: finite numbers only, exactly as logged."""
+    files = [folder / name for name in sorted(written(folder)) if (folder / name).is_file()]
+    files.sort(key=os.path.getmtime, reverse=True)
     rows = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, AttributeError):       # a line that a stop cut off
-                row = json.loads(line).items()
-                rows.append({key: value for key, value in row
-                             if type(value) in (int, float) and math.isfinite(value)})
-    step = -(-len(rows) // 500) or 1
-    return rows[::-1][::step][::-1]
-
-
-def read_sheet(folder):
-    """What interp_sheet.json says of interp_sheet.png, if both are there; else None."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):       # a stop may cut the last line off
+                rows.append(json.loads(line, parse_constant=lambda name: None))     # nan is no JSON
+    sheet = None
+    if (folder / "interp_sheet.png").exists():
         sheet = json.loads((folder / "interp_sheet.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if (folder / "interp_sheet.png").is_file():
-        return sheet
-    return None
+    step = len(rows) // 500 + 1                         # more points than a screen has are of no use
+    about = dict(title=title, settings={key: str(value) for key, value in settings.items()},
+                 files=[path.name for path in files], rows=rows[::-step][::-1], sheet=sheet)
+    text = json.dumps(about).replace("<", "\\u003c")    # a class may be called </script>
+    write_file(page, PAGE.replace("DATA", text).encode())
 
 
-PAGE = """<!doctype html>
-%MARK%
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>%TITLE%</title>
-<h1>%TITLE%</h1>
-%FILMS%
-%PICTURES%
-<table>%SETTINGS%</table>
-<script type="application/json" id="data">%DATA%</script>
+PAGE = r"""<!doctype html>
+<!-- the page of a run, written by data.py -->
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>run</title>
+<style>
+:root { color-scheme: light dark; --paper: #faf9f7; --card: #fff; --ink: #1c1c1e; --faint: #6c6b70;
+        --line: #e2e0db; --mark: #2563eb }
+@media (prefers-color-scheme: dark) { :root {
+        --paper: #121214; --card: #1b1b1f; --ink: #ededf0; --faint: #9b9aa2; --line: #2d2d33; --mark: #7aa7ff } }
+* { box-sizing: border-box; margin: 0 }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; background: var(--paper);
+       color: var(--ink); font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+h2 { margin: 2.2rem 0 .8rem; font-size: 1.1rem }
+p, figcaption, th, small { color: var(--faint); font-size: .85rem }
+section:not(:has(:nth-child(2))) { display: none }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
+#films .grid { grid-template-columns: repeat(auto-fill, minmax(min(9rem, 44%), 1fr)) }
+#pictures .grid { grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }
+img, video, #cell { display: block; max-width: 100%; max-height: 90vh; border-radius: 6px }
+.card, table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem }
+.card b { float: right }
+.card small { display: flex; justify-content: space-between }
+svg { display: block; width: 100%; height: 7rem; touch-action: pan-y; cursor: crosshair; overflow: visible }
+svg * { vector-effect: non-scaling-stroke; fill: none; stroke: var(--line) }
+svg .line { stroke: var(--mark); stroke-width: 1.8; stroke-linejoin: round }
+table { width: 100%; border-spacing: 0 }
+th { text-align: left; font-weight: 400; white-space: nowrap; padding-right: 1rem }
+td { width: 100% }
+label { display: grid; grid-template-columns: 8rem 1fr; align-items: center; max-width: 26rem }
+input { accent-color: var(--mark); width: 100%; height: 2.2rem }
+</style>
+<h1></h1><p></p>
+<section id="sliders"><h2>From one network to another, by hand</h2></section>
+<section id="films"><h2>Videos</h2></section>
+<section id="pictures"><h2>Newest pictures</h2></section>
+<section id="curves"><h2>Curves</h2></section>
+<section id="settings"><h2>Settings</h2></section>
+<script type="application/json" id="data">DATA</script>
+<script>
+const part = id => document.getElementById(id)
+const run = JSON.parse(part("data").textContent)
+const steps = run.rows.map((row, i) => row.step ?? i)
+const short = value => String(+value.toPrecision(5))
+function add(parent, tag, attributes = {}, text = "") {
+  const space = tag == "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI
+  const made = parent.appendChild(document.createElementNS(space, tag))
+  for (const name in attributes) made.setAttribute(name, attributes[name])
+  made.append(text)
+  return made
+}
+document.title = document.querySelector("h1").textContent = run.title
+document.querySelector("p").textContent = [...steps.slice(-1).map(step => `step ${step}`), document.lastModified].join(", ")
+function figures(id, names, tag, attributes, most) {
+  const grid = names.length && add(part(id), "div", { class: "grid" })
+  for (const name of names.slice(0, most)) {
+    const figure = add(grid, "figure")
+    add(figure, tag, { ...attributes, src: encodeURIComponent(name) }).muted = true
+    add(figure, "figcaption", {}, name)
+  }
+  if (names.length > most) add(part(id), "p", {}, `and ${names.length - most} more in this folder`)
+}
+const films = run.files.filter(name => name.endsWith(".mp4")).sort()
+const pictures = run.files.filter(name => /\.(gif|png)$/.test(name) && name != "interp_sheet.png")
+figures("films", films, "video", { autoplay: "", loop: "", muted: "", playsinline: "" }, 24)
+figures("pictures", pictures, "img", { loading: "lazy", alt: "" }, 6)
+function curve(parent, key) {
+  const points = run.rows.map((row, i) => [steps[i], row[key]]).filter(point => typeof point[1] == "number")
+  const [low, high] = [Math.min, Math.max].map(end => end(...points.map(point => point[1])))
+  const scale = low > 0 && high > 50 * low ? Math.log : value => value
+  const x = ([step]) => 300 * (step - points[0][0]) / (points.at(-1)[0] - points[0][0] || 1)
+  const y = ([, value]) => 100 * (scale(high) - scale(value)) / (scale(high) - scale(low) || 1)
+  const card = add(parent, "div", { class: "card" })
+  const value = add(card, "b")
+  add(card, "span", {}, key)
+  add(card, "small", {}, short(high) + (scale == Math.log ? ", log scale" : ""))
+  const svg = add(card, "svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none" })
+  add(svg, "path", { d: "M0,0H300M0,50H300M0,100H300" })
+  add(svg, "path", { class: "line", d: "M" + points.map(point => [x(point), y(point)]).join("L") })
+  const at = add(svg, "path", { class: "line" })
+  const foot = add(card, "small", {}, short(low))
+  const where = add(foot, "span")
+  function show(point, line) {
+    value.textContent = short(point[1])
+    where.textContent = `step ${point[0]}`
+    at.setAttribute("d", line ? `M${x(point)},0V100` : "")
+  }
+  svg.onpointermove = event => {
+    const goal = 300 * (event.clientX - svg.getBoundingClientRect().left) / svg.clientWidth
+    const far = point => Math.abs(x(point) - goal)
+    show(points.reduce((best, point) => far(point) < far(best) ? point : best), true)
+  }
+  svg.onpointerleave = () => show(points.at(-1), false)
+  svg.onpointerleave()
+}
+const keys = new Set(run.rows.flatMap(row => Object.keys(row).filter(key => typeof row[key] == "number")))
+keys.delete("step")
+const grid = keys.size && add(part("curves"), "div", { class: "grid" })
+keys.forEach(key => curve(grid, key))
+const table = Object.keys(run.settings).length && add(part("settings"), "table")
+for (const key in run.settings) {
+  const row = add(table, "tr")
+  add(row, "th", {}, key)
+  add(row, "td", {}, run.settings[key])
+}
+
+if (run.sheet) {
+  const { columns, rows, width, height } = run.sheet
+  const cell = add(part("sliders"), "div", { id: "cell", style: `width: 26rem; aspect-ratio: ${width} / ${height};
+    background: url(interp_sheet.png) 0 0 / ${100 * columns}% ${100 * rows}%` })
+  const slider = (name, count) =>
+    add(add(part("sliders"), "label", {}, name), "input", { type: "range", max: count - 1, value: 0 })
+  const lambda = slider("lambda", columns), time = slider("time", rows)
+  const place = input => `${100 * input.value / (input.max || 1)}% `
+  const show = () => cell.style.backgroundPosition = place(lambda) + place(time)
+  const playing = setInterval(() => { time.value = (+time.value + 1) % rows; show() }, 125)
+  lambda.oninput = show
+  time.oninput = () => { clearInterval(playing); show() }
+}
+</script>
 """
 
 
