@@ -1,105 +1,103 @@
 """The decoder: weight tokens become the kernels of one small convolutional network per video.
 
-    tokens z (B, N, d) --affine head of each layer--> a block of that layer's kernel; the rest is shared by all videos
-    frame index t, 8 x 8 grid --sinusoids--> (T, 48, 8, 8) -> conv -> [up x2, conv, conv] per doubling (the last: one
-    conv) -> toRGB -> tanh                              48 = 3 * pe_dim: sinusoids of time, height and width
+    weight tokens (B, N, d) --a linear head for each layer--> a block of that layer's kernel
+                                                              (the rest is shared by all videos)
+    frame index t --sines and cosines of time, height, width--> (T, 48, 8, 8)
+        -> stem -> [x2, conv, conv] -> ... -> [x2, conv] -> toRGB -> tanh -> (T, 3, H, W)
+
+A video *is* its network: the same tokens render any frame index, between the trained frames and beyond them.
 
     python generative_nerv.py --model L --resolution 128        # prints Table A1, layer by layer
 
-Letters: B videos, T frames, N weight tokens, d channels a token, D hidden width, c_in/c_out/k of a convolution.
-Ranges:  tokens ~ N(0, 1). `frame` is the frame index on the training grid, a float: 0 is the first trained frame,
+Letters: B videos, T frames, N weight tokens, d channels of a token, D width of the network, c_in and c_out channels
+         of a kernel, k its height and width.
+Ranges:  tokens ~ N(0, 1). `frame` is the frame index of the training grid, a float: 0 is the first trained frame,
          T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
-A feature map is laid out time-major, (T * B, c, H, W), so that "one group per video" is a view and not a copy.
-`cfg` is nerv_vae.Config; its lines under "weight tokens and decoder" explain every field used here. The default modes
-are the paper's method, all others ablations, to be skipped at first. How tokens enter a kernel: "channel" adds to a
-block of it, "fmm" (factorized multiplicative modulation) multiplies it with a low-rank factor, "repeat" is NeRV-Enc's:
-each number multiplies four entries. reuse "heads": every layer has a head and reads all tokens; "direct": one head for
-all layers; "none": each layer has tokens of its own.
+A batch of videos is a batch of networks: each video runs through convolutions of its own, its T frames side by side
+as their batch. `cfg` is nerv_vae.Config.
 """
 import argparse
+import dataclasses
 import math
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NERV_WIDTHS = {"S": 128, "B": 256, "L": 512}            # D, paper A.2
+NERV_WIDTHS = {"S": 128, "B": 256, "L": 512}            # D (paper A.2)
+PE_DIM = 16             # sines and cosines for each of time, height and width (paper A.2)
+PE_BASE = 10.0          # the slowest sine is nearly this many times slower than the fastest (choice)
 
+
+# ---------------------------------------------------------------------------------------------- Table A1
 
 class Layer(NamedTuple):
-    """One row of Table A1: what a layer does, and which block of its kernel the tokens generate."""
-    kind: str           # conv | transposed | bilinear (these two double the size) | rgb
+    """One row of Table A1: what a layer does, and which block of its kernel the tokens write."""
+    kind: str                   # stem | transposed | conv | rgb; and, in Table 2d, bilinear
     c_in: int
-    c_out: int          # channels of the kernel's output, before any pixel shuffle
-    k: int              # kernel size
-    size: int           # H = W of the output
-    gen_out: int        # the block W[:gen_out, :gen_in] is generated
-    gen_in: int
-    level: int          # which doubling of the size it belongs to (the paper's block); -1: the stem, last + 1: toRGB
-    shuffle: int = 1    # s: after the convolution s * s channels become s x s pixels
+    c_out: int
+    k: int
+    grid: int                   # height and width of the maps that the kernel is applied to
+    size: int                   # height and width of the output
+    gen_in: int                 # the tokens write kernel[:gen_out, :gen_in]
+    gen_out: int
+    ends_level: bool = False    # the last layer of its size: the residual joins here
 
 
 def layer_plan(cfg):
     """The layers of the decoder, in order.
 
-    Each level doubles the size until the resolution is reached; the last one is 2D wide, and the convolution before
-    it widens. With more doublings the widening moves along: at 256 x 256 one more D-wide level appears (64.5M at L).
+    Each level doubles the size until the resolution is reached. The last level is 2D wide, and the convolution before
+    it widens; at 256 x 256 there is one more level of width D.
 
     Raises: SystemExit for an unknown model, or when pe_size is not the resolution divided by a power of two
-    Source: paper Table A1, Sec. 3.2, E.3. Choice: gen_in x gen_out of the widening layer is 64 x 128, as the table's
-            [128, 64, 3, 3] does not say which axis comes first; pixelshuffle and bilinear (Table 2d) take 3 x 3
-            kernels, as A.2's other convolutions
+    Source: paper Table A1, Sec. 3.2, E.3; its weight shapes are (in, out), so the widening layer's [128, 64, 3, 3] is
+            128 inputs and 64 outputs. Choice: the stem is generated whole (the table names two shapes for it)
     """
     if cfg.model == "nerv_dec":
         return nerv_dec_plan(cfg)
-    if cfg.model not in NERV_WIDTHS and not cfg.model.isdigit():
-        raise SystemExit(f"--model {cfg.model} is not S, B, L, nerv_dec or a number of channels")
-    D, g = NERV_WIDTHS.get(cfg.model) or int(cfg.model), cfg.gen_channels
-    doublings = int(math.log2(max(cfg.resolution // cfg.pe_size, 1)))
-    if doublings < 1 or cfg.pe_size * 2 ** doublings != cfg.resolution:
-        raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
-                         "change --resolution or --pe-size")
+    D = decoder_width(cfg.model)
+    g = min(cfg.gen_channels, D)                        # 64 in the paper
+    levels = count_doublings(cfg)
+    widths = [D] * (levels - 1) + [2 * D]
 
-    def layer(kind, c_in, c_out, size, level, k=3):
-        wider = c_out // c_in if c_out > c_in else 1
-        return Layer(kind, c_in, c_out, k, size, min(g, c_in) * wider, min(g, c_in), level)
+    size = cfg.pe_size
+    plan = [Layer("stem", 3 * PE_DIM, widths[0], 3, size, size, 3 * PE_DIM, widths[0])]
+    for width, following in zip(widths, widths[1:] + [None]):
+        grid = size
+        size = 2 * size
+        last = following is None                        # the last level has one convolution less
+        plan.append(Layer("transposed", width, width, 4, grid, size, g, g))
+        plan.append(Layer("conv", width, width, 3, size, size, g, g, ends_level=last))
+        if not last:
+            gen_in = min(following // width * g, D)     # twice as many where it widens
+            plan.append(Layer("conv", width, following, 3, size, size, gen_in, g, ends_level=True))
+    plan.append(Layer("rgb", 2 * D, 3, 3, size, size, D, 3))
 
-    width = lambda i: 2 * D if i == doublings - 1 else D                            # only the last level is 2D wide
-    # The stem is generated whole (Table A1).
-    stem = layer("conv", 3 * cfg.pe_dim, width(0), cfg.pe_size, -1)
-    plan, size = [stem._replace(gen_out=stem.c_out, gen_in=stem.c_in)], cfg.pe_size
-    for i in range(doublings):
-        size, w = 2 * size, width(i)
-        plan += {"transposed": [layer("transposed", w, w, size, i, k=4)],
-                 "pixelshuffle": [layer("conv", w, 4 * w, size, i)._replace(shuffle=2)],
-                 "bilinear": [layer("bilinear", w, w, size, i)]}[cfg.upsample]
-        plan += [layer("conv", w, w, size, i)]
-        if i < doublings - 1:                                                       # Table A1: the last level has one
-            plan += [layer("conv", w, width(i + 1), size, i)]
-        if cfg.side == "skip":
-            plan += [Layer("rgb", width(min(i + 1, doublings - 1)), 3, 3, size, 3, min(D, plan[-1].c_out), i)]
-    if cfg.side != "skip":
-        plan += [Layer("rgb", 2 * D, 3, k=3, size=size, gen_out=3, gen_in=D, level=doublings)]
+    if cfg.upsample != "transposed" or cfg.side == "skip":
+        return ablated_plan(plan, cfg)                  # Tables 2d, 2e
     return plan
 
 
-def nerv_dec_plan(cfg):
-    """NeRV-Dec, the decoder of NeRV-Enc: time alone goes in, four convolutions enlarge four times each.
+def decoder_width(model):
+    """D of a model: S, B, L or a number. Raises SystemExit for any other."""
+    if model in NERV_WIDTHS:
+        return NERV_WIDTHS[model]
+    if model.isascii() and model.isdigit() and int(model) > 0:
+        return int(model)
+    raise SystemExit(f"--model {model} is not S, B, L, nerv_dec or a number of channels")
 
-    Source: NeRV-Enc A.5 (kernels 1, 3, 3, 3, factors 4, 4, 4, 4, positions of 16). Choice: widths 16, 32, 16, which
-            the appendix leaves out; with them its tokens (4 x 256, 128 x 144, 64 x 288) are exactly a quarter of
-            each kernel, so that repeating every number four times fills it
-    """
-    if (cfg.pe_size, cfg.resolution, cfg.side) != (1, 256, "none") or cfg.parameterization == "channel":
-        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without side paths; "
-                         "use --pe-size 1 --resolution 256 --side none --parameterization repeat")
-    c = [cfg.pe_dim, 16, 32, 16, 3]
-    return [Layer("rgb" if i == 3 else "conv", c[i], 16 * c[i + 1], 3 if i else 1, 4 ** (i + 1), 0, 0, i - 1, shuffle=4)
-            for i in range(4)]
+
+def count_doublings(cfg):
+    """How often pe_size is doubled to reach the resolution. Raises SystemExit where it never does."""
+    levels = (cfg.resolution // max(cfg.pe_size, 1)).bit_length() - 1
+    if levels < 1 or cfg.pe_size << levels != cfg.resolution:
+        raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
+                         "change --resolution or --pe-size")
+    return levels
 
 
 # ---------------------------------------------------------------------------------------------- positions
@@ -111,240 +109,213 @@ def sinusoids(position, dim, base=10000.0):
     Source:  the transformer's embedding; paper A.1 takes "sinusoidal" in place of NeRV's exponential one
     """
     omega = base ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))  # (dim/2,)
-    angle = position.float()[:, None] * omega                                       # (n, dim/2)
-    return torch.cat([angle.sin(), angle.cos()], 1)                                 # (n, dim)
+    angle = position.float()[:, None] * omega                           # (n, dim/2)
+    return torch.cat([angle.sin(), angle.cos()], 1)                     # (n, dim)
 
 
-def positional_embedding(frame, size, dim, base):
-    """The decoder's only input: where in time and space a cell lies.
+def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):
+    """The decoder's only input besides the tokens: where in time and space a cell lies.
 
     Shapes:  frame (T,) -> (T, 3 * dim, size, size) in [-1, 1]
-    Units:   `frame` counts training frames and is never divided by T, so fractions and extrapolation keep their meaning
-    Source:  paper Sec. 3.2, A.2 (dim = 16 for each of time, height, width). Choice: the fastest sinusoid of height and
-             width turns by pi from a cell to the next, the finest pattern a grid can hold, that of time by 1 a frame,
-             as frames between frames are asked for. At 1 a cell, 8 neighbours look so alike that their 16 numbers are
-             nearly of rank 4; on UCF-101 clips that costs 0.7 dB after 600 steps. (The fastest sine is now 0 at every
-             cell, its cosine 1, -1, 1 ...)
+    Units:   `frame` counts training frames and is never divided by T, so fractions and extrapolation keep their
+             meaning
+    Source:  paper Sec. 3.2, A.2. Choice: the fastest wave of height and width turns by pi from a cell to the next,
+             the finest pattern that a grid can hold; that of time turns by 1 a frame, as frames between frames are
+             asked for. At 1 a cell, 8 neighbours look so alike that UCF-101 clips lose 0.7 dB after 600 steps
     """
     cell = math.pi * torch.arange(size, device=frame.device)
-    t = sinusoids(frame, dim, base)[:, :, None, None].expand(-1, -1, size, size)    # (T, dim, size, size)
+    t = sinusoids(frame, dim, base)[:, :, None, None].expand(-1, -1, size, size)  # (T, dim, size, size)
     y = sinusoids(cell, dim, base).T[None, :, :, None].expand_as(t)
     x = sinusoids(cell, dim, base).T[None, :, None, :].expand_as(t)
-    return torch.cat([t, y, x], 1)                                                  # (T, 3*dim, size, size)
+    return torch.cat([t, y, x], 1)                                      # (T, 3*dim, size, size)
 
 
 # ---------------------------------------------------------------------------------------------- one layer
 
-def bilinear(x):
-    """Bilinear x2. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
-    if x.device.type == "cpu" or x.is_contiguous(memory_format=torch.channels_last):
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    # On a GPU that gives a thread one pixel of all n * c maps: a third of a training step, with many small maps.
-    return bilinear_by_matrices(x)
-
-
-def bilinear_by_matrices(x):
-    """The same as a product with a fixed matrix a side. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
-    rows, columns = (F.interpolate(torch.eye(n, dtype=x.dtype, device=x.device)[None], scale_factor=2, mode="linear")[0]
-                     for n in x.shape[-2:])                                         # (h, 2h), (w, 2w)
-    return rows.T @ (x @ columns)
-
-
-def convolve(x, kernel, kind, groups=1):
-    """The linear part of a layer: `kernel` (groups * c_out, c_in, k, k) applied to x (n, groups * c_in, H, W)."""
-    k = kernel.shape[-1]
-    if kind == "rgb" and x.device.type == "cpu":
-        # Few outputs: one matrix product for all taps, which fold shifts and adds up. It equals the conv2d below, hence
-        # the flip, and is 7 times as fast on a CPU.
-        taps = kernel.flip(2, 3).movedim(1, 3).unflatten(0, (groups, -1)).flatten(1, 3)     # (groups, c_out*k*k, c_in)
-        y = taps @ x.unflatten(1, (groups, -1)).flatten(3)                          # (n, groups, c_out*k*k, H*W)
-        return F.fold(y.flatten(0, 1), x.shape[2:], k, padding=k // 2).view(len(x), -1, *x.shape[2:])
-    if kind == "transposed":                            # k 4, stride 2, padding 1: exactly twice the size
-        kernel = kernel.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)    # (groups*c_in, c_out, k, k)
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=groups)
-    if kind == "bilinear":
-        x = bilinear(x)
-    return F.conv2d(x, kernel, padding=k // 2, groups=groups)
-
-
 class ModulatedConv2d(nn.Module):
-    """A convolution whose kernel differs from video to video and is the same for all frames of one video.
+    """A convolution whose kernel differs from video to video and is the same for all frames of a video.
 
-    The tokens *are* part of the kernel: an affine head writes them into W[:gen_out, :gen_in]; all other entries are
-    shared by the whole data set. Dividing each output channel by the norm of its kernel keeps activations at unit
-    scale whatever was generated.
+    The tokens are part of the kernel: a linear head turns each token into its share of the block
+    kernel[:gen_out, :gen_in]. Everything else in the kernel is shared by all videos. Dividing by the norm over all
+    axes but the output channel keeps feature maps at unit scale, whatever was written.
 
-    No kernel is built per video in a batch, only the block that differs. With W the shared kernel, outputs inside the
-    block are  scale * (conv_per_video(x[:, :gen_in], block) + conv(x[:, gen_in:], W[:gen_out, gen_in:])) + bias
-    and all others  scale * conv(x, W[gen_out:]) + bias: exact, no product in vain, and most of the work is one dense
-    convolution over all videos and frames. Two kinds of kernels are built all the same, as that measured faster: those
-    of 64 x 64 channels or fewer, and 3 x 3 ones with at most half as many numbers as the feature map that they make.
-
-    `rows` and `columns` say which tokens a layer reads and how much of each: all, but for --reuse none and NeRV-Enc.
-
-    Shapes:  x (T*B, c_in, H, W) time-major, tokens (B, N, d) -> (T*B, c_out, H', W'), H' = 2H when up-sampling
-    Units:   tokens ~ N(0, 1); y has unit scale before its GELU if x is what comes: sinusoids, or a GELU of unit scale
-    Source:  paper Sec. 3.1 (channel-wise parameterization, demodulation over all axes but the output channel), E.18.
-             Choice: the affine's bias is one number per kernel entry (the shared kernel's own block), so that the
-             mean video starts as an ordinary convolution (NeRV-Enc B: such a start of its base kernel is worth 1.8 dB)
+    Shapes:  kernel: tokens (B, N, d) -> (B, c_out, c_in, k, k), a kernel for each video
+             forward: x (T, c_in, H, W), kernel (c_out, c_in, k, k) -> (T, c_out, H', W')
+    Units:   tokens ~ N(0, 1); where x has the scale of a GELU's output, so has the GELU of the result
+    Source:  paper Sec. 3.1 (channel-wise parameterization; normalisation), E.18 (a head for each layer). Choice: the
+             head's bias is one number for each entry of the block, namely the shared kernel there, so that the mean
+             video starts as an ordinary convolution (such a start is worth 1.8 dB in NeRV-Enc B)
     """
+    rows = slice(None)          # which tokens it reads: all (Table 2b and NeRV-Enc also try other ways)
+    columns = None              # how many channels of them: all
 
-    def __init__(self, layer, cfg, rows, columns, head=None):
+    def __init__(self, layer, cfg):
         super().__init__()
-        self.layer, self.mode, self.rows, self.columns = layer, cfg.parameterization, rows, columns
-        self.rank = 10                                  # of fmm's low-rank factors (choice: as DIGAN)
-        self.expand, self.normalize = cfg.expand, cfg.normalize
-        kind, c_in, c_out, k, size, go, gi, *_ = layer
-        light = c_in * c_out <= 64 * 64 or kind == "conv" and 2 * c_in * k * k <= (size // layer.shuffle) ** 2
-        self.assemble = self.mode != "channel" or not cfg.normalize or light
-        # Normalisation removes the scale of a kernel; its initial size only sets how fast Adam's equal steps turn it.
-        start = torch.randn(c_out, c_in, k, k)
-        self.shared = nn.Parameter(cfg.kernel_init * (start if cfg.conv_init else start.sign()))
-        self.bias, self.initial_energy = nn.Parameter(torch.zeros(c_out)), cfg.kernel_init ** 2 * c_in * k * k
-        # How many numbers the tokens have to supply; a head gives every token ceil(n / N) of them, the rest is cut.
-        # With "repeat" they make up a quarter of the kernel, cut along one of its sides.
-        self.sides = {"out": c_out, "in": c_in, "taps": k * k}
-        self.quarter = [-(-n // 4) if axis == cfg.expand else n for axis, n in self.sides.items()]
-        self.numel = {"channel": go * gi * k * k,
-                      "fmm": self.rank * (c_out + c_in),
-                      "repeat": math.prod(self.quarter)}[self.mode]
-        count = rows.stop - rows.start
-        self.head = None                                # a layer of NeRV-Dec without tokens: the same for all videos
-        if count:
-            self.per_token = -(-self.numel // count)
-            self.head = head or nn.Linear(columns, self.per_token, bias=False)
-            nn.init.normal_(self.head.weight, std=1 / math.sqrt(columns))           # unit tokens give unit numbers
-        # Choice for the two that multiply: a gain of 1 +- 0.3, of which a product of two factors takes the root.
-        self.scale = {"channel": cfg.kernel_init, "fmm": 0.3 ** 0.5, "repeat": 0.3}[self.mode]
-        # Keep every feature map at unit scale at the start. First, normalisation counts all k taps of an axis, but on
-        # average a pixel sees fewer: in a transposed convolution 2, and 1 for the first and last of 2n; else k, less
-        # 1 + 2 + .. + k // 2 over the n pixels at both edges. The std falls by seen / k.
-        inputs = size // 2 if kind == "transposed" else size // layer.shuffle
-        seen = 2 - 1 / inputs if kind == "transposed" else k - (k // 2) * (k // 2 + 1) / inputs
-        # Second, the mean square is 1/2 after sines and 0.4256 = 1.533^-2 after GELU of a normal; toRGB feeds tanh.
-        self.gain = k / seen * {"rgb": 1.0}.get(kind, 1.533 if layer.level >= 0 else 2 ** 0.5)
+        self.layer = layer
+        start = torch.randn(layer.c_out, layer.c_in * layer.k ** 2)
+        self.shared = nn.Parameter(cfg.kernel_init * start)
+        self.bias = nn.Parameter(torch.zeros(layer.c_out))
+        self.numel = self.count_generated()
+        self.per_token = math.ceil(self.numel / cfg.tokens)
+        self.head = nn.Linear(cfg.token_dim, self.per_token, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(cfg.token_dim))
+        self.scale = cfg.kernel_init           # what the tokens write is as large as what is shared
+        self.gain = unit_gain(layer)
+
+    def count_generated(self):
+        """How many numbers the tokens supply to this layer."""
+        return self.layer.gen_out * self.layer.gen_in * self.layer.k ** 2
 
     def generated(self, tokens):
-        """Numbers this layer takes from the tokens. Shapes: (B, N, d) -> (B, numel).
+        """The numbers that the tokens supply; where N does not divide them, the last ones are cut.
 
-        One linear map serves all tokens: token n supplies numbers n * per_token to (n + 1) * per_token - 1.
+        Token n supplies numbers n * per_token to (n + 1) * per_token - 1. Shapes: (B, N, d) -> (B, numel)
         """
-        values = self.head(tokens[:, self.rows, :self.columns])               # (B, n, per_token or more)
-        values = values[..., :self.per_token]           # more: the one head of --reuse direct fits the largest layer
-        return self.scale * values.flatten(1)[:, :self.numel]                       # (B, numel)
+        tokens = tokens[:, self.rows, :self.columns]
+        values = self.head(tokens)[..., :self.per_token]                # (B, N, per_token)
+        return self.scale * values.flatten(1)[:, :self.numel]           # (B, numel)
+
+    def modulate(self, tokens):
+        """The kernel of each video before it is normalised. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
+        kind, c_in, c_out, k, grid, size, gen_in, gen_out, _ = self.layer
+        block = self.generated(tokens).view(-1, gen_out, gen_in, k, k)  # (B, gen_out, gen_in, k, k)
+        block = F.pad(block, (0, 0, 0, 0, 0, c_in - gen_in, 0, c_out - gen_out))  # (B, c_out, c_in, k, k)
+        return self.shared.view(c_out, c_in, k, k) + block
 
     def kernel(self, tokens):
-        """Every video's own normalised kernel: the slow, obvious form. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
-        _, c_in, c_out, k, _, go, gi, *_ = self.layer
-        shared = self.shared[None]                                                  # (1, c_out, c_in, k, k)
-        values = self.generated(tokens) if self.head else None                      # (B, numel)
-        if self.head is None:
-            kernel = shared.expand(len(tokens), -1, -1, -1, -1)
-        elif self.mode == "channel":
-            delta = values.view(-1, go, gi, k, k)                                   # (B, go, gi, k, k)
-            kernel = shared + F.pad(delta, (0, 0, 0, 0, 0, c_in - gi, 0, c_out - go))
-        elif self.mode == "fmm":                        # INR-GAN, DIGAN: low-rank factors multiply the shared kernel
-            left, right = values.split([self.rank * c_out, self.rank * c_in], 1)
-            low_rank = left.view(-1, c_out, self.rank) @ right.view(-1, self.rank, c_in)            # (B, c_out, c_in)
-            kernel = shared * (1 + low_rank / math.sqrt(self.rank))[..., None, None]
-        else:                                           # NeRV-Enc, Eq. 3: each number repeated four times, multiplied
-            axis, full = 1 + list(self.sides).index(self.expand), self.sides[self.expand]
-            values = 1 + values.view(-1, *self.quarter)                             # 1: the bias of the appendix's FC2
-            values = values.repeat_interleave(4, axis).narrow(axis, 0, full)        # (B, c_out, c_in, k*k)
-            kernel = shared * values.unflatten(3, (k, k))
-        if self.normalize:
-            energy = kernel.square().sum((2, 3, 4), keepdim=True)                   # (B, c_out, 1, 1, 1)
-        else:                                           # NeRV-Enc B a: the scale that it starts with, for good
-            energy = torch.as_tensor(self.initial_energy, device=kernel.device)
+        """The kernel of each video. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
+        kernel = self.modulate(tokens)                                  # (B, c_out, c_in, k, k)
+        energy = kernel.square().sum((2, 3, 4), keepdim=True)           # (B, c_out, 1, 1, 1)
         return kernel * (energy + 1e-8).rsqrt() * self.gain
 
-    def forward(self, x, tokens):
-        kind, c_in, c_out, k, _, go, gi, *_ = self.layer
-        B, (TB, _, H, W) = len(tokens), x.shape
-        by_video = x.view(TB // B, B, c_in, H, W)                                   # (T, B, c_in, H, W)
-        if self.assemble:                               # channels of all videos side by side, a group for each video
-            y = convolve(by_video.flatten(1, 2), self.kernel(tokens).flatten(0, 1), kind, groups=B)
-            y = y.view(TB, c_out, *y.shape[-2:])
-            y = y + self.bias.to(y.dtype)[:, None, None]
-        else:
-            shared = self.shared
-            block = shared[:go, :gi] + self.generated(tokens).view(B, go, gi, k, k)             # (B, go, gi, k, k)
-            with torch.autocast(x.device.type, enabled=False):                      # sums of squares need float32
-                same = shared.float().square().sum((2, 3))                          # (c_out, c_in)
-                inside = block.float().square().sum((2, 3, 4)) + same[:go, gi:].sum(1)              # (B, go)
-                energy = torch.cat([inside, same[go:].sum(1).expand(B, -1)], 1)                     # (B, c_out)
-                scale = ((energy + 1e-8).rsqrt() * self.gain)[:, :, None, None]     # (B, c_out, 1, 1)
-            y = convolve(by_video[:, :, :gi].flatten(1, 2), block.flatten(0, 1), kind, groups=B)    # (T, B*go, H', W')
-            y = y.view(TB // B, B, go, *y.shape[-2:])                               # (T, B, go, H', W')
-            scale, bias = scale.to(y.dtype), self.bias.to(y.dtype)[:, None, None]   # or autocast's bfloat16 ends here
-            if gi < c_in:
-                y = y + convolve(x[:, gi:], shared[:go, gi:], kind).view_as(y)
-            y = torch.addcmul(bias[:go], y, scale[:, :go])
-            if go < c_out:
-                rest = convolve(x, shared[go:], kind).view(TB // B, B, c_out - go, *y.shape[-2:])
-                y = torch.cat([y, torch.addcmul(bias[go:], rest, scale[:, go:])], 2)                # (T, B, c_out, ..)
-            y = y.flatten(0, 1)                                                     # (T*B, c_out, H', W')
-        return F.pixel_shuffle(y, self.layer.shuffle) if self.layer.shuffle > 1 else y
+    def forward(self, x, kernel):
+        return convolve(x, kernel, self.bias, self.layer)
 
 
-class PlainConv2d(nn.Module):
-    """The same layer with one video's kernel filled in. Shapes: (T, c_in, H, W) -> (T, c_out, H', W')."""
+def unit_gain(layer):
+    """What a kernel of norm 1 is multiplied by, so that every feature map starts at unit scale.
 
-    def __init__(self, conv, tokens):
-        super().__init__()
-        self.layer = conv.layer
-        self.register_buffer("kernel", conv.kernel(tokens[None])[0].detach())       # (c_out, c_in, k, k)
-        self.register_buffer("bias", conv.bias.detach().clone())
+    A kernel of norm 1 gives unit output from independent unit inputs, if every output sees all k x k taps and if the
+    inputs have mean square 1. Neither holds:
+    - Along an axis, a transposed convolution shows 2 of its 4 taps to an output, 1 at either edge; the others show
+      all k but those that hang over the edge. If `seen` taps of k count on average, the output is seen / k as large.
+    - The mean square is 1/2 after sines and cosines (stem), and 0.4256 = 1.533^-2 after the GELU of a unit normal.
+    toRGB goes on to a tanh and keeps its smaller scale.
+    """
+    if layer.kind == "transposed":
+        seen = 2 - 1 / layer.grid
+    else:
+        reach = layer.k // 2               # both edges together hide 2 * (1 + 2 + ... + reach) taps
+        seen = layer.k - reach * (reach + 1) / layer.grid
+    restore = {"stem": math.sqrt(2), "rgb": 1.0}.get(layer.kind, 1.533)
+    return layer.k / seen * restore
 
-    def forward(self, x):
-        y = convolve(x, self.kernel, self.layer.kind)
-        y = y + self.bias.to(y.dtype)[:, None, None]
-        return F.pixel_shuffle(y, self.layer.shuffle) if self.layer.shuffle > 1 else y
+
+def convolve(x, kernel, bias, layer):
+    """One video's feature maps through one kernel.
+
+    Shapes:  x (T, c_in, H, W), kernel (c_out, c_in, k, k) -> (T, c_out, H', W'), twice as large where layer doubles
+    """
+    if layer.kind == "transposed":                # k 4, stride 2, padding 1: exactly twice the size
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), bias, stride=2, padding=1)
+    if layer.kind == "bilinear":                        # Table 2d
+        x = double(x)
+    y = F.conv2d(x, kernel, bias, padding=layer.k // 2)
+    if layer.grid < layer.size:                         # Table 2d: channels become pixels
+        y = F.pixel_shuffle(y, layer.size // layer.grid)
+    return y
+
+
+def double(x):
+    """Bilinear interpolation to twice the size. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
 
-def layer_token_slices(cfg, layers):
-    """NeRV-Enc's layer-adaptive tokens: "4x256,0x0" gives the first layer 4 tokens of 256 numbers, the second none.
+def enlarge(x, channels):
+    """The side path around a level: bilinear x2; where the level widens, channels are repeated.
 
-    Returns the rows (slices) and the columns (counts) of the (N, d) tokens that each layer reads.
-    Raises: SystemExit when they are not one pair a layer, or do not add up to cfg.tokens rows of cfg.token_dim columns
-    Source: NeRV-Enc A.5. Choice: all stand in one (N, d) tensor, so that everything else need not know; the shorter
-            ones leave the end of their rows unused (zero)
+    Shapes:  x (T, c, h, w) -> (T, channels, 2h, 2w)
+    Source:  paper Sec. 3.2, A.1 (bilinear, no parameters). Choice: repeated channels
     """
-    pairs = [[int(n) for n in pair.split("x")] for pair in cfg.layer_tokens.split(",")]
-    counts, columns = zip(*pairs)
-    if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
-        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, --tokens {sum(counts)} and "
-                         f"--token-dim {max(columns)}")
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for count, end in zip(counts, ends)], columns
-
-
-def upsample_side(x, width):
-    """Parameter-free side connection: bilinear x2, channels repeated where the block widens (paper A.1; choice)."""
-    x = bilinear(x)
-    return x.repeat(1, width // x.shape[1], 1, 1) if x.shape[1] != width else x
+    return double(x).repeat(1, channels // x.shape[1], 1, 1)
 
 
 def render(layers, convs, x, side):
-    """Run the layers on an embedding; the same walk for the batched and for the instantiated network.
+    """Run the layers of one video's network on an embedding.
 
-    Shapes:  x (n, 48, h, w) -> (n, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
-    Source:  paper Table A1; GELU in all blocks and tanh at the end: A.2; residual sums, bilinear: Sec. 3.2, A.1
+    Shapes:  x (T, 48, h, w) -> (T, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
+    Source:  paper Table A1; GELU in all blocks and tanh at the end (A.2); residual sums (Sec. 3.2, A.1). Choice: sums
+             are divided by sqrt(2), which keeps unit scale, as StyleGAN2
     """
-    x, rgb = F.gelu(convs[0](x)), None
-    level_in, following = x, layers[2:] + layers[-1:]   # the layer after each one; the last stands for itself
-    for layer, after, conv in zip(layers[1:], following, convs[1:]):
-        if layer.kind == "rgb":                         # once, at the end; with side "skip" at every size, summed
-            y = conv(x)                                                             # (n, 3, size, size)
-            rgb = y if rgb is None else y + upsample_side(rgb, 3)
-            continue
-        x = F.gelu(conv(x))                                                         # (n, c, size, size)
-        if side == "residual" and after.level != layer.level:                       # the level ends here
-            x = (x + upsample_side(level_in, x.shape[1])) / math.sqrt(2)            # unit scale, as StyleGAN2
-            level_in = x
-    return rgb.tanh()
+    if side != "residual":
+        return render_otherwise(layers, convs, x, side)  # Table 2e's other ways; NeRV-Enc
+    x = F.gelu(convs[0](x))                                             # (T, D, h, w)
+    entry = x
+    for layer, conv in zip(layers[1:-1], convs[1:-1]):
+        x = F.gelu(conv(x))                                             # (T, c, size, size)
+        if layer.ends_level:
+            x = (x + enlarge(entry, layer.c_out)) / math.sqrt(2)
+            entry = x
+    return convs[-1](x).tanh()                                          # (T, 3, H, W)
+
+
+class GenerativeNeRV(nn.Module):
+    """The video decoder: a batch of weight tokens and frame indices to a batch of videos.
+
+    Shapes:  tokens (B, N, d), frame (T,) float -> (B, T, 3, H, W) in [-1, 1]
+    Units:   tokens ~ N(0, 1); frame on the training grid, fractional or beyond the end allowed
+    Source:  paper Sec. 3.1-3.2, Table A1
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.layers = layer_plan(cfg)
+        if cfg.parameterization == "channel" and cfg.reuse == "heads":
+            self.convs = nn.ModuleList(ModulatedConv2d(layer, cfg) for layer in self.layers)
+        else:
+            self.convs = ablated_convs(self.layers, cfg)  # Tables 2a, 2b; NeRV-Enc
+        self.register_buffer("used", used_numbers(self.convs, cfg), persistent=False)  # (N, d): all, but in NeRV-Enc
+
+    def forward(self, tokens, frame):
+        x = embed(frame, self.cfg, self.layers)                         # (T, 48, h, w)
+        kernels = [conv.kernel(tokens) for conv in self.convs]         # (B, c_out, c_in, k, k) each
+        videos = []
+        for b in range(len(tokens)):
+            convs = [partial(conv, kernel=kernel[b]) for conv, kernel in zip(self.convs, kernels)]
+            videos.append(render(self.layers, convs, x, self.cfg.side))
+        return torch.stack(videos)                                      # (B, T, 3, H, W)
+
+    def instantiate(self, tokens):
+        """One video's tokens turned into a plain CNN, its kernels normalised once: the fast way to play one video.
+
+        Shapes:  tokens (N, d) -> PlainNeRV, frame (T,) -> (T, 3, H, W); equals forward(tokens[None], frame)[0]
+        """
+        return PlainNeRV(self, tokens)
+
+
+def embed(frame, cfg, layers):
+    """What the stem reads. Shapes: frame (T,) -> (T, 48, pe_size, pe_size); NeRV-Dec's reads time alone, 16.
+
+    Channels last in memory: what convolutions are fastest at, on a GPU and on a CPU.
+    """
+    x = positional_embedding(frame, cfg.pe_size)[:, :layers[0].c_in]
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class PlainConv2d(nn.Module):
+    """A layer with one video's kernel filled in. Shapes: (T, c_in, H, W) -> (T, c_out, H', W')."""
+
+    def __init__(self, conv, tokens):
+        super().__init__()
+        self.layer = conv.layer
+        self.register_buffer("kernel", conv.kernel(tokens[None])[0].detach())
+        self.register_buffer("bias", conv.bias.detach().clone())
+
+    def forward(self, x):
+        return convolve(x, self.kernel, self.bias, self.layer)
 
 
 class PlainNeRV(nn.Module):
@@ -355,73 +326,15 @@ class PlainNeRV(nn.Module):
         self.cfg = decoder.cfg
         self.layers = decoder.layers
         self.convs = nn.ModuleList(PlainConv2d(conv, tokens) for conv in decoder.convs)
-        self.to(memory_format=torch.channels_last)      # no groups here: the layout that dense convolutions are best at
 
     def forward(self, frame):
-        c = self.cfg
-        x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return render(self.layers, self.convs, x[:, :self.layers[0].c_in], c.side)
+        x = embed(frame, self.cfg, self.layers)                         # (T, 48, h, w)
+        return render(self.layers, self.convs, x, self.cfg.side)        # (T, 3, H, W)
 
-
-class GenerativeNeRV(nn.Module):
-    """The video decoder: a batch of weight tokens and frame indices to a batch of videos.
-
-    Shapes:  tokens (B, N, d), frame (T,) float -> (B, T, 3, H, W) in [-1, 1]
-    Units:   tokens ~ N(0, 1); frame on the training grid, fractional or beyond the end allowed
-    Source:  paper Sec. 3.1-3.2, Tables A1, 2a-2f
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.layers = cfg, layer_plan(cfg)
-        plan, head = self.layers, None
-        rows, columns = [slice(0, cfg.tokens)] * len(plan), [cfg.token_dim] * len(plan)
-        if cfg.layer_tokens:                            # NeRV-Enc: each layer its own tokens, of its own length
-            rows, columns = layer_token_slices(cfg, len(plan))
-        elif cfg.reuse == "none":                       # Table 2b; choice: tokens shared out by block size
-            if cfg.tokens < len(plan):
-                raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
-            # One token for every layer, the others by block size, rounded on the running sum so that they add up to N.
-            sizes = torch.tensor([p.gen_out * p.gen_in * p.k ** 2 for p in plan]).double()
-            cuts = (1 + (sizes / sizes.sum() * (cfg.tokens - len(plan))).cumsum(0).round() + torch.arange(len(plan)))
-            ends = cuts.long().tolist()
-            rows = [slice(a, b) for a, b in zip([0] + ends[:-1], ends)]
-        elif cfg.reuse == "direct":                     # Table 2b; choice: one head, every layer reads the same values
-            if cfg.parameterization != "channel":
-                raise SystemExit("--reuse direct is defined for --parameterization channel only")
-            most = max(-(-p.gen_out * p.gen_in * p.k ** 2 // cfg.tokens) for p in plan)
-            head = nn.Linear(cfg.token_dim, most, bias=False)
-        self.convs = nn.ModuleList(ModulatedConv2d(p, cfg, r, c, head) for p, r, c in zip(plan, rows, columns))
-        used = torch.zeros(cfg.tokens, cfg.token_dim, dtype=torch.bool)             # (N, d): all, but for NeRV-Enc
-        for r, c in zip(rows, columns):
-            used[r, :c] = True
-        self.register_buffer("used", used, persistent=False)
-
-    def forward(self, tokens, frame):
-        B, N, d = tokens.shape
-        c = self.cfg
-        x = positional_embedding(frame, c.pe_size, c.pe_dim, c.pe_base)             # (T, 48, h, w)
-        x = x[:, :self.layers[0].c_in]                                              # NeRV-Dec reads time alone
-        x = x[:, None].expand(-1, B, -1, -1, -1).flatten(0, 1)                      # (T*B, 48, h, w)
-        convs = [partial(conv, tokens=tokens) for conv in self.convs]
-        video = render(self.layers, convs, x, c.side)                               # (T*B, 3, H, W)
-        return video.view(len(frame), B, 3, *video.shape[-2:]).transpose(0, 1)      # (B, T, 3, H, W)
-
-    def instantiate(self, tokens):
-        """One video's tokens assembled into a plain CNN, kernels normalised once: the cheap way to play one video.
-
-        Shapes:  tokens (N, d) -> PlainNeRV, frame (T,) -> (T, 3, H, W); equals forward(tokens[None], frame)[0]
-        """
-        return PlainNeRV(self, tokens)
-
-
-# ---------------------------------------------------------------------------------------------- Table A1
 
 def flops(layer):
     """Floating-point operations of a layer for one frame, two for each multiply-add."""
-    applied = layer.size // (2 if layer.kind == "transposed" else layer.shuffle)
-    return 2 * layer.c_in * layer.c_out * layer.k ** 2 * applied ** 2
+    return 2 * layer.c_in * layer.c_out * layer.k ** 2 * layer.grid ** 2
 
 
 def main(argv=None):
@@ -429,19 +342,227 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Table A1 of the paper: the layers of the decoder.")
     parser.add_argument("--model", default="S", help="S, B, L or a number of channels (default: S)")
     parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels (default: 128)")
-    parser.add_argument("--gen-channels", type=int, default=64, help="generated block of a D -> D kernel (default: 64)")
+    parser.add_argument("--gen-channels", type=int, default=64, help="inputs and outputs of a generated block; "
+                        "the 256 x 256 preset takes 80 (default: 64)")
     args = parser.parse_args(argv)
-    cfg = SimpleNamespace(**vars(args), pe_size=8, pe_dim=16, upsample="transposed", side="residual")
+    cfg = SimpleNamespace(**vars(args), pe_size=8, upsample="transposed", side="residual")
     plan = layer_plan(cfg)
-    row = "{:<12} {:>18} {:>18} {:>18} {:>11} {:>12}"
-    print(row.format("layer", "feature map", "kernel in, out", "generated block", "parameters", "GFLOP/frame"))
-    for p in plan:
-        print(row.format(p.kind, f"[{p.c_out}, {p.size}, {p.size}]", f"[{p.c_in}, {p.c_out}, {p.k}, {p.k}]",
-                         f"[{p.gen_in}, {p.gen_out}, {p.k}, {p.k}]", f"{p.c_in * p.c_out * p.k ** 2:,}",
-                         f"{flops(p) / 1e9:.3f}"))
-    total, made = sum(p.c_in * p.c_out * p.k ** 2 for p in plan), sum(p.gen_in * p.gen_out * p.k ** 2 for p in plan)
+    row = "{:<12} {:>16} {:>18} {:>18} {:>11} {:>12}"
+    print(row.format("layer", "feature map", "kernel in, out", "generated in, out", "parameters", "GFLOP/frame"))
+    for layer in plan:
+        k = layer.k
+        numel = layer.c_in * layer.c_out * k ** 2
+        print(row.format(layer.kind, f"[{layer.c_out}, {layer.size}, {layer.size}]",
+                         f"[{layer.c_in}, {layer.c_out}, {k}, {k}]", f"[{layer.gen_in}, {layer.gen_out}, {k}, {k}]",
+                         f"{numel:,}", f"{flops(layer) / 1e9:.3f}"))
+    total = sum(layer.c_in * layer.c_out * layer.k ** 2 for layer in plan)
+    made = sum(layer.gen_in * layer.gen_out * layer.k ** 2 for layer in plan)
+    tflop = 16 * sum(flops(layer) for layer in plan) / 1e12
     print(f"kernels {total / 1e6:.3f}M, of which generated for each video {made / 1e6:.3f}M ({made / total:.1%}); "
-          f"{16 * sum(map(flops, plan)) / 1e12:.3f} TFLOP for 16 frames")
+          f"{tflop:.3f} TFLOP for 16 frames")
+
+
+# ==================================================================================================================
+# The method ends here. Below: the other ways that Tables 2a, 2b, 2d, 2e and NeRV-Enc compare.
+
+# ------------------------------------------------------------- Table 2d: up-sampling; Table 2e: side connections
+
+def ablated_plan(plan, cfg):
+    """Table A1 with another up-sampling, or with a toRGB at every level whose outputs are summed.
+
+    Source: paper Tables 2d, 2e. Choice: pixelshuffle and bilinear take 3 x 3 kernels, as A.2's other convolutions
+    """
+    rows = []
+    for layer in plan:
+        if layer.kind == "transposed" and cfg.upsample == "bilinear":
+            layer = layer._replace(kind="bilinear", k=3, grid=layer.size)
+        elif layer.kind == "transposed" and cfg.upsample == "pixelshuffle":
+            layer = layer._replace(kind="conv", k=3, c_out=4 * layer.c_out, gen_out=4 * layer.gen_out)
+        if layer.kind == "rgb" and cfg.side == "skip":
+            continue
+        rows.append(layer)
+        if layer.ends_level and cfg.side == "skip":
+            gen_in = min(plan[-1].gen_in, layer.c_out)
+            rows.append(Layer("rgb", layer.c_out, 3, 3, layer.size, layer.size, gen_in, 3))
+    return rows
+
+
+def render_otherwise(layers, convs, x, side):
+    """render without a residual: plain, or with the outputs of all sizes summed ("skip"). Shapes: as render."""
+    rgb = None
+    for layer, conv in zip(layers[:-1], convs[:-1]):
+        if layer.kind != "rgb":
+            x = F.gelu(conv(x))                                         # (T, c, size, size)
+        elif rgb is None:
+            rgb = conv(x)                                               # (T, 3, size, size)
+        else:
+            rgb = conv(x) + enlarge(rgb, 3)
+    last = convs[-1](x)                                                 # (T, 3, H, W)
+    if rgb is not None:
+        last = last + enlarge(rgb, 3)
+    return last.tanh()
+
+
+# --------------------------------------------- Table 2a: how tokens enter a kernel; Table 2b: which layer reads which
+
+class FMMConv2d(ModulatedConv2d):
+    """Factorized multiplicative modulation: a low-rank factor multiplies the shared kernel.
+
+    Source: INR-GAN, DIGAN (paper Table 2a). Choice: rank 10, as DIGAN; the factor starts as 1 +- 0.3
+    """
+    rank = 10
+
+    def __init__(self, layer, cfg):
+        super().__init__(layer, cfg)
+        self.scale = math.sqrt(0.3)                     # a product of two such numbers is 0.3
+
+    def count_generated(self):
+        return self.rank * (self.layer.c_out + self.layer.c_in)
+
+    def modulate(self, tokens):
+        _, c_in, c_out, k, *_ = self.layer
+        left, right = self.generated(tokens).split([self.rank * c_out, self.rank * c_in], 1)
+        product = left.view(-1, c_out, self.rank) @ right.view(-1, self.rank, c_in)  # (B, c_out, c_in)
+        factor = 1 + product / math.sqrt(self.rank)
+        return factor[..., None, None] * self.shared.view(c_out, c_in, k, k)
+
+
+class RepeatConv2d(ModulatedConv2d):
+    """NeRV-Enc's way: each number is repeated four times along one side of the kernel, and multiplies it.
+
+    Source: NeRV-Enc Eq. 3, A.5; B a (normalize), b (conv_init), c (expand). Choice: without conv_init kernels start as
+            signs (the appendix names nothing); the factor starts as 1 +- 0.3
+    """
+
+    def __init__(self, layer, cfg):
+        self.sides = [layer.c_out, layer.c_in, layer.k ** 2]
+        self.axis = ["out", "in", "taps"].index(cfg.expand)
+        super().__init__(layer, cfg)
+        self.scale = 0.3
+        self.normalize = cfg.normalize
+        self.start_norm = cfg.kernel_init * math.sqrt(layer.c_in * layer.k ** 2)
+        if not cfg.conv_init:
+            self.shared.data = cfg.kernel_init * self.shared.data.sign()
+
+    def count_generated(self):
+        self.quarter = list(self.sides)
+        self.quarter[self.axis] = math.ceil(self.sides[self.axis] / 4)
+        return math.prod(self.quarter)
+
+    def modulate(self, tokens):
+        values = 1 + self.generated(tokens).view(-1, *self.quarter)  # 1: the bias of A.5's FC2
+        values = values.repeat_interleave(4, self.axis + 1)
+        values = values.narrow(self.axis + 1, 0, self.sides[self.axis])  # (B, c_out, c_in, k*k)
+        kernel = self.shared.view(self.sides) * values
+        return kernel.unflatten(3, (self.layer.k, self.layer.k))        # (B, c_out, c_in, k, k)
+
+    def kernel(self, tokens):
+        if self.normalize:
+            return super().kernel(tokens)
+        return self.modulate(tokens) / self.start_norm * self.gain  # for good
+
+
+class FixedConv2d(ModulatedConv2d):
+    """A layer that reads no tokens: one kernel for all videos."""
+
+    def __init__(self, layer, cfg):
+        super().__init__(layer, cfg)
+        self.head = None
+
+    def modulate(self, tokens):
+        _, c_in, c_out, k, *_ = self.layer
+        return self.shared.view(c_out, c_in, k, k).expand(len(tokens), -1, -1, -1, -1)
+
+
+def ablated_convs(plan, cfg):
+    """The layers of Table 2a ("fmm", "repeat"), of Table 2b ("direct", "none"), and with NeRV-Enc's own tokens.
+
+    Raises: SystemExit for a combination that is not defined
+    """
+    kinds = {"channel": ModulatedConv2d, "fmm": FMMConv2d, "repeat": RepeatConv2d}
+    kind = kinds[cfg.parameterization]
+    if cfg.layer_tokens:
+        return own_tokens(kind, plan, cfg, *layer_token_slices(cfg, len(plan)))
+    if cfg.reuse == "none":
+        return own_tokens(kind, plan, cfg, rows_by_block_size(cfg, plan), [cfg.token_dim] * len(plan))
+    convs = nn.ModuleList(kind(layer, cfg) for layer in plan)
+    if cfg.reuse == "direct":                  # choice: one head, every layer reads the same values
+        if cfg.parameterization != "channel":
+            raise SystemExit("--reuse direct is defined for --parameterization channel only")
+        largest = max(convs, key=lambda conv: conv.per_token)
+        for conv in convs:
+            conv.head = largest.head
+    return convs
+
+
+def own_tokens(kind, plan, cfg, rows, columns):
+    """Layers that read some rows of the tokens and the first columns of them: each its own."""
+    convs = nn.ModuleList()
+    for layer, some, width in zip(plan, rows, columns):
+        count = some.stop - some.start
+        share = dataclasses.replace(cfg, tokens=max(count, 1), token_dim=max(width, 1))
+        conv = kind(layer, share) if count else FixedConv2d(layer, share)
+        conv.rows = some
+        conv.columns = width
+        convs.append(conv)
+    return convs
+
+
+def rows_by_block_size(cfg, plan):
+    """Table 2b's "no reuse": one token for every layer, the others by block size, rounded on the running sum."""
+    if cfg.tokens < len(plan):
+        raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
+    sizes = torch.tensor([layer.gen_out * layer.gen_in * layer.k ** 2 for layer in plan]).double()
+    shares = sizes / sizes.sum() * (cfg.tokens - len(plan))
+    ends = (shares.cumsum(0).round() + torch.arange(1, len(plan) + 1)).long().tolist()
+    return [slice(start, end) for start, end in zip([0] + ends, ends)]
+
+
+def used_numbers(convs, cfg):
+    """Which numbers of the tokens some layer reads. Shapes: -> (N, d) bool."""
+    used = torch.zeros(cfg.tokens, cfg.token_dim, dtype=torch.bool)
+    for conv in convs:
+        used[conv.rows, :conv.columns] = True
+    return used
+
+
+# ---------------------------------------------------------------------------------------------- NeRV-Enc
+
+def nerv_dec_plan(cfg):
+    """NeRV-Dec, the decoder of NeRV-Enc: time alone goes in, four convolutions enlarge four times each.
+
+    Source: NeRV-Enc A.5 (kernels 1, 3, 3, 3, factors 4, 4, 4, 4, positions of 16). Choice: widths 16, 32, 16, which
+            the appendix leaves out; with them its tokens (4 x 256, 128 x 144, 64 x 288) are exactly a quarter of each
+            kernel, so that repeating every number four times fills it
+    """
+    if (cfg.pe_size, cfg.resolution, cfg.side) != (1, 256, "none") or cfg.parameterization == "channel":
+        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without side paths; "
+                         "use --pe-size 1 --resolution 256 --side none --parameterization repeat")
+    widths = [PE_DIM, 16, 32, 16, 3]
+    plan = []
+    for i, (kind, k) in enumerate([("stem", 1), ("conv", 3), ("conv", 3), ("rgb", 3)]):
+        plan.append(Layer(kind, widths[i], 16 * widths[i + 1], k, 4 ** i, 4 ** (i + 1), 0, 0))
+    return plan
+
+
+def layer_token_slices(cfg, layers):
+    """NeRV-Enc's layer-adaptive tokens: "4x256,0x0" gives the first layer 4 tokens of 256 numbers, the second none.
+
+    Returns the rows (slices) and the columns (counts) of the (N, d) tokens that each layer reads.
+    Raises: SystemExit when they are not one pair a layer, or do not add up to cfg.tokens rows of cfg.token_dim columns
+    Source: NeRV-Enc A.5. Choice: all stand in one (N, d) tensor, so that everything else need not know; the shorter
+            ones leave the end of their rows unused (zero)
+    """
+    try:
+        pairs = [[int(n) for n in pair.split("x")] for pair in cfg.layer_tokens.split(",")]
+        counts, columns = zip(*pairs)
+    except ValueError as error:
+        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} is not like 4x256,128x144,0x0") from error
+    if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
+        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, --tokens {sum(counts)} and "
+                         f"--token-dim {max(columns)}")
+    ends = [sum(counts[:i + 1]) for i in range(layers)]
+    return [slice(end - count, end) for end, count in zip(ends, counts)], columns
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
 """Stage 2: a diffusion transformer that generates weight tokens, and so videos.
 
-    clip -> frozen NeRV-VAE encoder -> mean, logvar (B, N, d)               once, into a memory-mapped token cache
+    clip -> frozen NeRV-VAE encoder -> mean, logvar (B, N, d)               once, into a token cache
     z = alpha_t * tokens + sigma_t * noise -> DiT(z, t, class or condition tokens) -> noise, Min-SNR weighted
     noise -> DDPM or DDIM with guidance -> tokens -> NeRV decoder -> video
 
     python nerv_dit.py                                      # on the tokens of out/vae/ckpt.pt, whatever its data set
     python nerv_dit.py --vae out/k600/ckpt.pt --condition frames        # frame prediction, 5 given frames
-    torchrun --nproc_per_node=8 nerv_dit.py --vae out/vae/ckpt.pt       # --batch stays what all do together
+    torchrun --nproc_per_node=8 nerv_dit.py --vae out/vae/ckpt.pt       # --batch is what all do together
 
-It writes out/dit/: tokens-*.npy (the cache), ckpt.pt, log.jsonl, step_XXXXXX.gif (samples).
+It writes out/dit/: ckpt.pt, log.jsonl, step_XXXXXX.gif (samples) and index.html, the page of the run; and beside the
+tokenizer tokens-KEY.npy, the token cache, which every DiT on that tokenizer shares.
 
-Letters: B videos, N weight tokens, d channels a token, M cached clips.
+Letters: B videos, N weight tokens, d channels a token, M cached clips, m vectors that steer the blocks.
 Ranges:  tokens are normalised to mean 0, std 1 in here. `t` is diffusion time, an integer: 0 is almost data, 999 is
          almost noise. `guidance` 1 means off.
 """
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import build_dataset, condition_video, parse_config, save_video, tile
-from nerv_vae import (MADE_BY as VAE_MADE_BY, RANK, WORLD, Attention, Block, add_up, agree, all_at_one_step,
-                      first_rank_first, guarded_step, learning_rate, leave, listen_for_stop, load_checkpoint, load_vae,
-                      mean_over_ranks, mlp, my_share, not_finite, pick_device, resume_or_start, save_checkpoint,
-                      sinusoids, update_ema, write_log, writing)
+from data import build_dataset, condition_video, file_hash, parse_config, progress, save_video, tile
+from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, learning_rate, load_checkpoint, load_vae, mlp,
+                      sinusoids, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -43,143 +41,80 @@ class Config:
 
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
-    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; left out: --vae's
+    dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; default: --vae's
     data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
-    clips_per_video: int = 1        # random clips of each video in the token cache, mirrored ones among them (choice)
-    condition: str = "class"        # class|none|frames|image|edge: what a video is generated from (paper Sec. 4.3, E.7)
+    clips_per_video: int = 1        # 1..: random clips of each video in the token cache, some mirrored (choice)
+    condition: str = "class"        # class|none|frames|image|edge: what a video is made from (paper Sec. 4.3, E.7)
     # transformer
     backbone: str = "dit"           # dit|gpt|latte: adaLN-Zero; prepended tokens, not causal; two axes (Table 3a)
-    depth: int = 6                  # transformer blocks (paper: 24)
-    heads: int = 4                  # attention heads (paper: 16)
-    dim: int = 128                  # width (paper: 1024)
-    class_dropout: float = 0.1      # how often the class is hidden in training, for guidance (choice: as DiT)
+    depth: int = 6                  # 0..: transformer blocks (paper: 24)
+    heads: int = 4                  # 1..: attention heads (paper: 16)
+    dim: int = 128                  # 1..: width (paper: 1024)
+    class_dropout: float = 0.1      # 0..1: how often the class is hidden in training, for guidance (choice: as DiT)
     # loss
-    min_snr_gamma: float = 5.0      # Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
-    scheduled_sampling: float = 0.5     # chance of a second pass on the own step; 0 is off (Table 3b; 0.5: choice)
-    ss_ramp: float = 0.3            # the probability rises linearly over this share of training (choice: as LARP)
-    ss_stride: int = 1              # the own step goes from t to t - stride (paper: 1)
+    min_snr_gamma: float = 5.0      # 0..: Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
+    scheduled_sampling: float = 0.5     # 0..1: chance of a second pass on the own step (Table 3b; 0.5: choice)
+    ss_ramp: float = 0.3            # 0..1: that chance rises linearly over this share of training (choice: as LARP)
+    ss_stride: int = 1              # 1..999: the own step goes from t to t - stride (paper: 1)
     # optimisation
-    batch: int = 32                 # B, token sets per step (choice for the paper presets: 256, as DiT)
-    steps: int = 2400               # optimizer steps (paper A.1: 1M)
-    lr: float = 4e-3                # AdamW's peak learning rate (paper A.1: 1e-4; choice: README's tuning)
-    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
-    clip: float = 1.0               # largest gradient norm (choice)
-    grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
-    ema: float = 0.999              # decay of the averaged weights that sampling uses (choice)
+    batch: int = 32                 # 1..: B, token sets per step (choice for the paper presets: 256, as DiT)
+    steps: int = 2400               # 1..: optimizer steps (paper A.1: 1M)
+    lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
+    warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
+    grad_accum: int = 1             # 1..: passes that share an optimizer step, to fit a batch into memory
+    ema: float = 0.999              # 0..1: decay of the averaged weights that sampling uses (choice)
     # sampling
     sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (choice: paper presets ddpm, as DiT)
-    sample_steps: int = 50          # steps from noise to tokens (paper Table A3: 250)
-    guidance: float = 3.0           # classifier-free guidance, 1 is off (paper A.1: 2)
+    sample_steps: int = 50          # 2..1000: steps from noise to tokens (paper Table A3: 250)
+    guidance: float = 3.0           # 0..: classifier-free guidance, 1 is off (paper A.1: 2)
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA
-    workers: int = 0                # loader processes of each rank while the token cache is filled
-    log_every: int = 50             # steps between lines of log.jsonl
-    eval_every: int = 1200          # steps between sample pictures and checkpoints
+    workers: int = 0                # 0..: loader processes of each rank while the token cache is filled
+    log_every: int = 50             # 1..: steps between lines of log.jsonl
+    eval_every: int = 1200          # 1..: steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
-    seed: int = 0                   # fixes initial weights, clips and noise
+    seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
 
 
-PAPER = dict(clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000,
-             ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8,
-             log_every=100, eval_every=10_000)
+PAPER = dict(
+    clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
+    sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8, log_every=100,
+    eval_every=10_000)
 LAPTOP = dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700)
-WORKSTATION = dict(clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True,
-                   compile=True, workers=8, eval_every=3700)
+WORKSTATION = dict(
+    clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True, compile=True,
+    workers=8, eval_every=3700)
+K600 = {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}
 PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
-           "nerv_enc": PAPER, "k600": {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}}
-MADE_BY = "python nerv_dit.py"                          # stands in the checkpoint
-
-
-# ---------------------------------------------------------------------------------------------- token cache
-
-def cache_tokens(cfg, vae, device):
-    """Encode the training clips once; stage 2 never runs the encoder again.
-
-    File: out/tokens-<key>.npy, float16 (M, 2 or 3, N, d): mean, log-variance and, with a condition video, the mean of
-    its tokens; beside it a .json with `labels`, `videos` (which source video a row comes from) and `classes`. The key
-    hashes the tokenizer's checkpoint and everything that decides the clips, so a stale cache is never read.
-    """
-    root = cfg.data_root or vae.cfg.data_root
-    index = str(Path(cfg.vae).parent)                   # where stage 1 left its index of the videos
-    with first_rank_first():
-        clips = build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
-    with_condition = cfg.condition in ("frames", "image", "edge")
-    keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
-    files = [(os.path.relpath(f, root), f.stat().st_size) for f in clips.files or []]       # wherever the folder lies
-    what = [file_hash(cfg.vae), files, clips.labels.tolist(), cfg.clips_per_video, cfg.seed]
-    what.append(cfg.condition if with_condition else "")
-    path = Path(cfg.out) / f"tokens-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.npy"
-    notes = path.with_suffix(".json")
-    shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
-    if not agree(int(path.exists() and notes.exists())):
-        part, labels = path.with_suffix(".part"), np.full(len(keys), -1)
-        if not RANK:
-            for stale in path.parent.glob("tokens-*.part"):                         # of a run that was killed
-                stale.unlink()
-            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
-        agree(0)
-        cache = np.lib.format.open_memmap(part, "r+")
-        mine = np.array_split(np.arange(len(keys)), WORLD)[RANK].tolist()           # each rank fills its rows
-        loader = torch.utils.data.DataLoader(clips, 32, sampler=[keys[i] for i in mine], num_workers=cfg.workers)
-        row = mine[0] if mine else 0
-        for video, label in tqdm(loader, desc="encoding clips", unit="batch", leave=False, disable=RANK > 0):
-            video = video.to(device)
-            with torch.no_grad():
-                rows = list(vae.encode(video))                                      # mean, logvar: (B, N, d) each
-                if with_condition:
-                    rows.append(vae.encode(condition_video(video, cfg.condition))[0])
-            cache[row:row + len(video)] = torch.stack(rows, 1).cpu().half().numpy()
-            labels[row:row + len(video)], row = label.numpy(), row + len(video)
-        cache.flush()
-        labels = agree(labels.tolist())                 # -1 where another rank worked: the largest is the label
-        if not RANK:
-            notes.write_text(json.dumps(dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)))
-            os.replace(part, path)
-        agree(0)
-    cache, meta = np.load(path, mmap_mode="r"), json.loads(notes.read_text())
-    if cache.shape != shape or cache.dtype != np.float16 or len(meta["labels"]) != len(keys):
-        raise SystemExit(f"{path} does not hold the tokens its name says; delete it, it will be made again")
-    return cache, meta
-
-
-def file_hash(path):
-    """sha256 of a file, as hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+           "nerv_enc": PAPER, "k600": K600}
+MADE_BY = "python nerv_dit.py"      # stands in the checkpoint
 
 
 # ---------------------------------------------------------------------------------------------- model
 
 class DiTBlock(nn.Module):
-    """Transformer block steered by adaLN-Zero: shift, scale and gate of both halves come from the conditioning vector.
+    """Transformer block steered by adaLN-Zero: shift, scale and gate of both halves come from time and class.
 
     All gates start at zero, so a new block is the identity.
-    Shapes:  x (B, L, dim), c (B, dim) -> (B, L, dim)
-    Source:  DiT (Peebles & Xie 2023); `axis` is Latte's alternation (paper Table 3a). Choice: its grid, 8 x 16 at N 128
+    Shapes:  x (B, L, dim), steering (B, 6, dim) -> (B, L, dim)
+    Source:  DiT (Peebles & Xie 2023)
     """
 
-    def __init__(self, dim, heads, grid=None, axis=0):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.grid, self.axis = grid, axis
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention, self.mlp = Attention(dim, heads), mlp(dim)
-        self.adaln = nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.adaln.weight)
-        nn.init.zeros_(self.adaln.bias)
+        self.attention = Attention(dim, heads)
+        self.mlp = mlp(dim)
+        self.adaln = zeroed(nn.Linear(dim, 6 * dim))
 
     def attend(self, x):
-        if self.grid is None:
-            return self.attention(x)
-        B, L, dim = x.shape
-        x = x.view(B, *self.grid, dim)                                              # (B, rows, columns, dim)
-        x = x.transpose(1, 2) if self.axis else x
-        y = self.attention(x.flatten(0, 1)).view(x.shape)                           # along one axis only
-        return (y.transpose(1, 2) if self.axis else y).reshape(B, L, dim)           # (B, L, dim)
+        return self.attention(x)
 
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(F.silu(c))[:, None].chunk(6, -1)  # (B, 1, dim) each
+    def forward(self, x, steering):
+        shift1, scale1, gate1, shift2, scale2, gate2 = steering.chunk(6, 1)  # (B, 1, dim) each
         x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -188,48 +123,84 @@ class DiT(nn.Module):
     """Predicts the noise in noisy weight tokens. The tokens are a set without space or time: no patches, no 2-D grid.
 
     Shapes:  z (B, N, d), t (B,) int, cond: labels (B,) int, `classes` meaning none, or tokens (B, N, d) -> (B, N, d)
-    Units:   z, cond tokens and the result ~ unit variance; t 0 is almost data, 999 almost noise
+    Units:   z and the result ~ unit variance, cond tokens as the tokenizer gives them; t 0 is almost data, 999 almost
+             noise
     Source:  paper Sec. 3.3, 4.3 (condition tokens double the input channels), A.1 (24 layers, 16 heads, 1024).
              Choice: a learned vector says which token is which, as each feeds its own slice of a kernel
     """
 
     def __init__(self, cfg, tokens, token_dim, classes):
         super().__init__()
-        self.cfg, self.classes, dim = cfg, classes, cfg.dim
+        self.cfg = cfg
+        self.classes = classes
         self.by_tokens = cfg.condition in ("frames", "image", "edge")
+        dim = cfg.dim
         self.embed = nn.Linear(token_dim * (2 if self.by_tokens else 1), dim)
-        self.which = nn.Parameter(0.5 * torch.randn(tokens, dim))                   # about as large as the embedding
+        self.which = nn.Parameter(0.5 * torch.randn(tokens, dim))  # about as large as the embedding
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = nn.Embedding(classes + 1, dim)                                 # the last row: no class
+        self.label = nn.Embedding(classes + 1, dim)     # the last row: no class
         nn.init.normal_(self.label.weight, std=0.02)
-        rows = max(r for r in range(1, math.isqrt(tokens) + 1) if tokens % r == 0)
-        grid = (rows, tokens // rows) if cfg.backbone == "latte" else None
-        self.blocks = nn.ModuleList(Block(dim, cfg.heads) if cfg.backbone == "gpt" else
-                                    DiTBlock(dim, cfg.heads, grid, i % 2) for i in range(cfg.depth))
+        self.blocks = nn.ModuleList(make_block(cfg, tokens, i) for i in range(cfg.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.final_adaln, self.out = nn.Linear(dim, 2 * dim), nn.Linear(dim, token_dim)
-        for layer in (self.final_adaln, self.out):                                  # the first guess is: no noise
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.register_buffer("token_mean", torch.zeros(tokens, token_dim))          # of the cache; tokens that leave
-        self.register_buffer("token_std", torch.ones(tokens, token_dim))            # sample_tokens are scaled back
+        self.final_adaln = nn.Linear(dim, 2 * dim)
+        self.out = zeroed(nn.Linear(dim, token_dim))    # the first guess is: no noise
+        zeroed(self.final_adaln)
+        # Of the cache: tokens are normalised with them, and those that leave the sampler scaled back.
+        self.register_buffer("token_mean", torch.zeros(tokens, token_dim))
+        self.register_buffer("token_std", torch.ones(tokens, token_dim))
 
     def forward(self, z, t, cond):
-        B, N, d = z.shape
-        labels = cond.new_full((B,), self.classes, dtype=torch.long) if self.by_tokens else cond
-        x = self.embed(torch.cat([z, cond], -1) if self.by_tokens else z) + self.which              # (B, N, dim)
-        time = self.time(sinusoids(t, 256))                                         # (B, dim)
-        label = self.label(labels)                                                  # (B, dim)
+        return self.denoise(z, self.steer(t, self.labels(cond)), cond)
+
+    def labels(self, cond):
+        """The class that a condition names: none where it is tokens. Shapes: as cond -> (B,)."""
+        if self.by_tokens:
+            return torch.full((len(cond),), self.classes, device=cond.device)
+        return cond
+
+    def steer(self, t, labels):
+        """What time and class tell the blocks, six vectors each, two for the output. Shapes: (B,) x 2 -> (B, m, dim).
+
+        It does not look at the tokens, so a sampler can make it for several steps at once.
+        """
+        time = self.time(sinusoids(t, 256))                             # (B, dim)
+        label = self.label(labels)                                      # (B, dim)
         if self.cfg.backbone == "gpt":
-            x = torch.cat([time[:, None], label[:, None], x], 1)                    # (B, 2+N, dim)
-            for block in self.blocks:
-                x = block(x)
-            return self.out(self.norm(x[:, 2:])).float()                            # (B, N, d)
-        c = time + label
+            return torch.stack([time, label], 1)                        # (B, 2, dim)
+        c = F.silu(time + label)
+        parts = [layer(c) for layer in [*(block.adaln for block in self.blocks), self.final_adaln]]
+        return torch.cat(parts, 1).unflatten(1, (-1, self.cfg.dim))     # (B, 6*depth+2, dim)
+
+    def denoise(self, z, steering, cond):
+        """The transformer itself. Shapes: z (B, N, d), steering (B, m, dim), cond as above -> (B, N, d)."""
+        if self.by_tokens:
+            z = torch.cat([z, self.normalise(cond)], -1)                # (B, N, 2d)
+        x = self.embed(z) + self.which                                  # (B, N, dim)
+        if self.cfg.backbone == "gpt":
+            return self.denoise_prepended(x, steering)
+        *steerings, final = steering.split([6] * len(self.blocks) + [2], 1)
+        for block, told in zip(self.blocks, steerings):
+            x = block(x, told)
+        shift, scale = final.chunk(2, 1)                                # (B, 1, dim) each
+        return self.out(self.norm(x) * (1 + scale) + shift).float()     # (B, N, d)
+
+    def denoise_prepended(self, x, steering):
+        """Table 3a's G.pt: time and class are two more tokens. Shapes: (B, N, dim), (B, 2, dim) -> (B, N, d)."""
+        x = torch.cat([steering, x], 1)                                 # (B, 2+N, dim)
         for block in self.blocks:
-            x = block(x, c)
-        shift, scale = self.final_adaln(F.silu(c))[:, None].chunk(2, -1)            # (B, 1, dim) each
-        return self.out(self.norm(x) * (1 + scale) + shift).float()                 # (B, N, d)
+            x = block(x)
+        return self.out(self.norm(x[:, 2:])).float()                    # (B, N, d)
+
+    def normalise(self, tokens):
+        """Tokens of the tokenizer to mean 0, std 1. Shapes: (B, N, d) -> (B, N, d)."""
+        return (tokens - self.token_mean) / self.token_std
+
+
+def zeroed(layer):
+    """A linear layer whose output starts at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ---------------------------------------------------------------------------------------------- loss and sampler
@@ -240,7 +211,7 @@ def noise_schedule(device="cpu"):
     Shapes: -> alpha (1000,), sigma (1000,); alpha^2 + sigma^2 = 1
     Source: paper Sec. 3.3 (the form). Choice: DDPM's linear betas 1e-4 .. 2e-2, as DiT
     """
-    kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)   # alpha_t^2
+    kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # alpha_t^2
     return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
 
 
@@ -251,18 +222,22 @@ def min_snr_weight(snr, gamma):
     Source: paper Sec. 3.3 prints min(SNR, gamma), which weighs a prediction of the data; A.1 says it is adjusted for
             predicting the noise, which divides it by SNR. Taken literally on noise it would favour the clean end.
     """
-    return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)
+    if gamma == 0:
+        return torch.ones_like(snr)
+    return snr.clamp(max=gamma) / snr
 
 
 def ancestral_step(z, eps, now, then, noise):
     """One DDPM step: a draw from q(z_then | z_now, tokens guessed from eps). Shapes: z, eps, noise (B, N, d).
 
     `now` and `then` are (alpha, sigma) pairs, then being less noisy; (1, 0) is the data.
-    Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times: `kept` is the product of 1 - beta between them
+    Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times: `kept` is the product of 1 - beta between them.
+            Choice: the small one of its two variances, fixed (DiT learns it)
     """
-    (a, s), (a2, s2) = now, then
-    data = (z - s * eps) / a                            # what eps implies, as z = a * data + s * eps
-    kept = (a / a2) ** 2                                                            # variance kept from then to now
+    a, s = now
+    a2, s2 = then
+    data = (z - s * eps) / a                           # what eps implies, as z = a * data + s * eps
+    kept = (a / a2) ** 2                                # variance kept from then to now
     mean = (a2 * (1 - kept) * data + a / a2 * s2 ** 2 * z) / s ** 2
     return mean + s2 / s * (1 - kept).clamp(min=0).sqrt() * noise
 
@@ -277,15 +252,16 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
     Source:  paper Sec. 3.3, Eq. 2. Choice: the second target, as the paper names none
     """
     def at(t):
-        return [c[t][:, None, None] for c in schedule]                              # alpha, sigma: (B, 1, 1)
+        alpha, sigma = schedule
+        return alpha[t][:, None, None], sigma[t][:, None, None]         # (B, 1, 1) each
 
     def error(noise, t, eps):
         alpha, sigma = at(t)
-        weight = min_snr_weight((alpha / sigma).square(), gamma)                    # (B, 1, 1)
+        weight = min_snr_weight((alpha / sigma).square(), gamma)        # (B, 1, 1)
         return (weight * (eps - noise).square()).mean()
 
     alpha, sigma = at(t)
-    z = alpha * tokens + sigma * noise[0]                                           # (B, N, d)
+    z = alpha * tokens + sigma * noise[0]                               # (B, N, d)
     eps = model(z, t, cond)
     loss = error(noise[0], t, eps)
     if own_step:
@@ -298,174 +274,113 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
 
 
 @torch.no_grad()
-def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0, progress=False):
-    """Walk from noise to weight tokens, ready for the decoder.
+def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0, quiet=True):
+    """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
 
     Guidance acts on all d channels: eps = eps_none + guidance * (eps_class - eps_none), both halves in one batch.
     Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
-    Shapes:  noise (B, N, d), cond as DiT -> tokens (B, N, d), scaled back to the tokenizer's units
+    Shapes:  noise (B, N, d), cond as DiT -> (B, N, d) twice, scaled back to the tokenizer's units
     Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
     """
     if guidance != 1 and model.by_tokens:
         raise ValueError("guidance needs a class condition; use --guidance 1")
-    schedule = noise_schedule(noise.device)
-    times = torch.linspace(999, 0, steps).round().long().tolist()                   # 999 .. 0, evenly
-    # Drawn before the loop, which then never waits for the CPU; 2^31 keeps it apart from the starting noise's seeds.
+    alpha, sigma = noise_schedule(noise.device)
+    times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
+    alpha = torch.cat([alpha[times], alpha.new_ones(1)])  # (steps+1,): the last step ends at the data
+    sigma = torch.cat([sigma[times], sigma.new_zeros(1)])
     if sampler == "ddpm":
-        random = [torch.Generator().manual_seed(2 ** 31 + seed + i) for i in range(len(noise))]
-        fresh = torch.stack([torch.randn(steps, *noise.shape[1:], generator=g) for g in random], 1).to(noise.device)
-    z, copies = noise, 1 if guidance == 1 else 2                                    # z stays float32 throughout
-    if copies == 2:
-        cond = torch.cat([cond, torch.full_like(cond, model.classes)])              # (2B,): asked for, then none
-    all_t = torch.tensor(times, device=z.device)[:, None].expand(-1, copies * len(z)).contiguous()  # (steps, 2B)
-    for i, now in enumerate(tqdm(times, desc="sampling", unit="step", leave=False, disable=not progress)):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-            eps = model(z.repeat(copies, 1, 1), all_t[i], cond).float()             # (2B, N, d)
+        fresh = noise_of_steps(noise, steps, seed)                      # (steps, B, N, d)
+    z = noise                                           # stays float32 throughout
+    copies = 1
+    if guidance != 1:
+        copies = 2
+        cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): asked for, then none
+    steering = steer_ahead(model, times.to(z.device), model.labels(cond))
+    for i in progress(range(steps), quiet, desc="sampling", unit="step", leave=False):
+        with autocast(z):
+            eps = model.denoise(z.repeat(copies, 1, 1), next(steering), cond).float()  # (2B, N, d)
         if copies == 2:
-            eps, eps_none = eps.chunk(2)                                            # (B, N, d) each
+            eps, eps_none = eps.chunk(2)                                # (B, N, d) each
             eps = eps_none + guidance * (eps - eps_none)
-        a, s = (c[now] for c in schedule)
-        last = i == steps - 1
-        a2, s2 = (torch.ones_like(a), torch.zeros_like(s)) if last else (c[times[i + 1]] for c in schedule)
+        guess = (z - sigma[i] * eps) / alpha[i]         # the tokens that eps implies
         if sampler == "ddpm":
-            z = ancestral_step(z, eps, (a, s), (a2, s2), fresh[i])                  # fresh (steps, B, N, d)
+            z = ancestral_step(z, eps, (alpha[i], sigma[i]), (alpha[i + 1], sigma[i + 1]), fresh[i])
         else:
-            z = a2 * (z - s * eps) / a + s2 * eps
-    return z * model.token_std + model.token_mean
+            z = alpha[i + 1] * guess + sigma[i + 1] * eps
+        yield z * model.token_std + model.token_mean, guess * model.token_std + model.token_mean
+
+
+def sample_tokens(*walk, **how):
+    """Noise to weight tokens, ready for the decoder: where denoise_steps arrives. Shapes: as there -> (B, N, d)."""
+    for tokens, _ in denoise_steps(*walk, **how):
+        pass
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 def train(cfg):
-    """Train stage 2; write the token cache, ckpt.pt, log.jsonl and sample pictures. Returns the checkpoint's path."""
-    device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
-    vae, tokenizer = load_vae(cfg.vae, device), file_hash(cfg.vae)
-    ckpt = resume_or_start(cfg, device, MADE_BY)
-    if ckpt and ckpt["vae_sha256"] != tokenizer:
-        raise SystemExit(f"{path} was trained on another tokenizer than {cfg.vae} is now; use another --out, or "
-                         "--no-resume")
-    cache, meta = cache_tokens(cfg, vae, device)
-    labels = torch.tensor(meta["labels"])
-    classes = len(meta["classes"])
+    """Train stage 2; write the token cache, ckpt.pt, log.jsonl, pictures and a page. Returns the checkpoint's path."""
+    with Run(cfg, MADE_BY, "stage 2") as run:
+        vae = load_vae(cfg.vae, run.device)
+        cache, meta = cache_tokens(cfg, vae, run)                       # (M, 2 or 3, N, d)
+        classes = meta["classes"]
+        labels = torch.tensor(meta["labels"])                           # (M,)
+        if cfg.condition != "class":
+            labels = torch.full_like(labels, len(classes))
 
-    torch.manual_seed(cfg.seed)
-    model, ema = (DiT(cfg, vae.cfg.tokens, vae.cfg.token_dim, classes).to(device) for _ in range(2))
-    some = torch.from_numpy(np.array(cache[np.random.default_rng(0).permutation(len(cache))[:4096]])).float()
-    model.token_mean.copy_(some[:, 0].mean(0))
-    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())    # of a draw
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step, best, state = 0, math.inf, dict(model=model, ema=ema, opt=opt)
-    if ckpt:
-        step, best = ckpt["step"], ckpt["best"]
-        for key, thing in state.items():
-            thing.load_state_dict(ckpt[key])
-        ckpt = None                                     # model and ema have copied their parts
-    all_at_one_step(step, path)
-    forward = torch.compile(model) if cfg.compile and device.type == "cuda" else model     # we go on saving `model`
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
-    schedule = noise_schedule(device)
+        torch.manual_seed(cfg.seed)
+        model = DiT(cfg, *cache.shape[2:], len(classes)).to(run.device)
+        ema = DiT(cfg, *cache.shape[2:], len(classes)).to(run.device).eval().requires_grad_(False)
+        measure_tokens(model, cache)
+        ema.load_state_dict(model.state_dict())
+        opts = [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        run.keep(model=model, ema=ema, opts=opts)
+        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]))
+        forward = run.wrap(model)
+        schedule = noise_schedule(run.device)
+        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {cache.shape[2]} tokens")
 
-    def send(x):                                        # from pinned memory, so that nothing waits for the GPU
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-    def condition(rows, entry):
-        if model.by_tokens:
-            return (entry[:, 2] - model.token_mean) / model.token_std               # (B, N, d)
-        return send(torch.full_like(labels[rows], classes) if cfg.condition == "none" else labels[rows])
-
-    def save(path):
-        return save_checkpoint(path, dict(step=step, best=best, config=dataclasses.asdict(cfg), classes=meta["classes"],
-                                          made_by=MADE_BY, vae_sha256=tokenizer, tokens=list(model.token_mean.shape),
-                                          **{key: thing.state_dict() for key, thing in state.items()}))
-
-    if not RANK:
-        print(f"stage 2 on {device}{f' and {WORLD - 1} more' * (WORLD > 1)}: {len(cache)} cached clips, {cfg.backbone} "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(model.which)} tokens")
-    bar = tqdm(total=cfg.steps, initial=step, desc="stage 2", unit="step", smoothing=0.05, disable=RANK > 0)
-    since, shown_at, stop, saved = time.perf_counter(), step, listen_for_stop(), True
-    bad, terms = torch.zeros(2, device=device), {}                                  # skipped steps: all, in a row
-    while step < cfg.steps:
-        # 1. A batch of cached token sets; the draw from each posterior is new every time.
-        torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
-        rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]                    # sorted: kinder to the disk
-        share = cfg.scheduled_sampling * min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
-        own_step = cfg.ss_stride if torch.rand(()) < share else 0
-        t = torch.randint(own_step, 1000, (cfg.batch,))                             # (B,)
-        hidden = torch.rand(cfg.batch) < cfg.class_dropout                          # (B,)
-        # (3, B, N, d), for all ranks alike: 0 and 1 for the two passes, 2 for the draw from the posterior
-        noise = torch.randn(3, cfg.batch, *model.token_mean.shape, device=device)
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        opt.zero_grad(set_to_none=True)
-        each = (mine.stop - mine.start) // cfg.grad_accum
-        for part in (slice(first, first + each) for first in range(mine.start, mine.stop, each)):
-            entry = send(torch.from_numpy(cache[rows[part].numpy()])).float()       # (B, 2 or 3, N, d)
-            tokens = entry[:, 0] + (entry[:, 1] / 2).exp() * noise[2, part]
-            tokens = (tokens - model.token_mean) / model.token_std                  # (B, N, d)
-            # 2. What the model is told: a class, sometimes hidden so that guidance has something to compare with.
-            cond = condition(rows[part], entry)
-            if cfg.condition == "class":
-                cond = cond.masked_fill(send(hidden[part]), classes)
-            # 3. Noise it to a random time and predict the noise; now and then also from the model's own next step.
-            with amp:
-                loss = diffusion_loss(forward, tokens, noise[:2, part], send(t[part]), cond, schedule,
-                                      cfg.min_snr_gamma, own_step)
-            (loss / cfg.grad_accum).backward()
-            add_up(terms, cfg.grad_accum, loss=loss / (2 if own_step else 1))       # a pass, on average
-        # 4. One optimizer step, then the averaged weights follow.
-        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad), steps=torch.ones((), device=device))
-        update_ema(ema, model, cfg.ema, step)
-        step += 1
-        bar.update()
-
-        if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
-            sums = mean_over_ranks(terms)               # over the steps since the last line
-            row = dict(step=step, **{key: sums[key] / sums["steps"] for key in ("loss", "grad_norm")},
-                       skipped=int(bad[0]), lr=opt.param_groups[0]["lr"],
-                       clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
-            terms = {}
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if bad[1] >= 10:
-                raise SystemExit(not_finite(row, bad[1], [f"cache row {i}" for i in rows.tolist()]))
-            write_log(path.with_name("log.jsonl"), row)
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                if row["loss"] < best:
-                    best = row["loss"]
-                    save(path.with_name("best.pt"))
-                saved = save(path)
-                if not RANK:
-                    pick = torch.arange(16) * 1021 % len(cache)                     # a prime stride meets all classes
-                    cond = condition(pick, torch.from_numpy(cache[pick.numpy()]).to(device).float())
-                    generator = torch.Generator().manual_seed(0)
-                    noise = torch.randn(16, *model.token_mean.shape, generator=generator).to(device)
-                    guidance = cfg.guidance if cfg.condition == "class" else 1.0
-                    z = sample_tokens(ema, cond, noise, cfg.sampler, cfg.sample_steps, guidance)
-                    videos = vae.play(z)                                            # (16, T, 3, H, W)
-                    names = [*meta["classes"], "generated"]                         # the last: no class, by_tokens
-                    shown = [classes] * 16 if model.by_tokens else cond.tolist()
-                    with writing(path.with_name(f"step_{step:06d}.gif")) as picture:
-                        save_video(picture, tile(videos, 4, [names[i] for i in shown]))
-            since, shown_at = time.perf_counter(), step
-        heard = agree(stop[0] if stop else 0)
-        if heard:
-            saved = save(path)
-            bar.close()
-            leave(step, path, heard, saved)
-    bar.close()
-    if not saved:
-        raise SystemExit(f"the last save of {path} failed: make room and give the same command again")
-    return path
-
-
-def load_dit(path, device):
-    """The trained denoiser: averaged weights, frozen, with .cfg, .class_names, .step and .vae_sha256."""
-    ckpt = load_checkpoint(path, device, MADE_BY)
-    model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(ckpt["ema"])
-    model.class_names, model.step, model.vae_sha256 = ckpt["classes"], ckpt["step"], ckpt["vae_sha256"]
-    return model
+        while run.step < cfg.steps:
+            step = run.step
+            run.seed_step()
+            # 1. A batch of cached token sets, random times, and whether to go on from the own step this time.
+            rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]  # (B,), sorted: they are read in the disk's order
+            ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
+            own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
+            t = torch.randint(own_step, 1000, (cfg.batch,))             # (B,)
+            hidden = torch.rand(cfg.batch) < cfg.class_dropout          # (B,)
+            noise = torch.randn(3, cfg.batch, *cache.shape[2:], device=run.device)  # (3, B, N, d)
+            model.zero_grad(set_to_none=True)
+            for part in run.passes():
+                # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
+                entry = run.send(torch.from_numpy(cache[rows[part].numpy()])).float()  # (b, 2 or 3, N, d)
+                tokens = model.normalise(entry[:, 0] + (entry[:, 1] / 2).exp() * noise[2, part])
+                if model.by_tokens:
+                    cond = entry[:, 2]                                  # (b, N, d)
+                else:
+                    cond = run.send(labels[rows[part]].masked_fill(hidden[part], len(classes)))  # (b,)
+                # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
+                with run.autocast():
+                    loss = diffusion_loss(forward, tokens, noise[:2, part], run.send(t[part]), cond, schedule,
+                                          cfg.min_snr_gamma, own_step)
+                (loss / cfg.grad_accum).backward()
+                run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
+            # 4. One optimizer step, then the averaged weights follow.
+            run.add(run.update(model, opts, learning_rate(step, cfg)))
+            update_ema(ema, model, cfg.ema, step)
+            # 5. Log; now and then a checkpoint and a picture; leave where a signal asks to.
+            run.batch_names = [f"cache row {row}" for row in rows.tolist()]
+            run.finish_step()
+            if run.time_to_save():
+                run.save()
+            if run.time_to_log():
+                row = run.means()
+                if run.time_to_look() and run.rank == 0:
+                    draw_samples(ema, vae, cache, labels, classes, run)
+                run.log(row, shown=("loss",))
+            run.leave_if_asked()
+    return run.path
 
 
 def main(argv=None):
@@ -473,8 +388,203 @@ def main(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--vae", default=Config.vae)
     vae = Path(first.parse_known_args(argv)[0].vae)
-    dataset = load_checkpoint(vae, "cpu", VAE_MADE_BY)["config"]["dataset"] if vae.exists() else None
+    dataset = None
+    if vae.exists():
+        dataset = load_checkpoint(vae, "cpu", VAE_MADE_BY)["config"]["dataset"]
     return train(parse_config(Config, PRESETS, argv, dataset))
+
+
+# ==================================================================================================================
+# The method ends here. Below: Table 3a's other backbones, what samplers prepare, and the token cache.
+
+def make_block(cfg, tokens, i):
+    """Block i of a backbone."""
+    if cfg.backbone == "gpt":
+        return Block(cfg.dim, cfg.heads)
+    if cfg.backbone == "latte":
+        return LatteBlock(cfg.dim, cfg.heads, tokens, i % 2)
+    return DiTBlock(cfg.dim, cfg.heads)
+
+
+class LatteBlock(DiTBlock):
+    """Attends along one axis of a grid of tokens only: rows in one block, columns in the next.
+
+    Source: Latte (paper Table 3a). Choice: the most square grid, 8 x 16 at 128 tokens
+    """
+
+    def __init__(self, dim, heads, tokens, axis):
+        super().__init__(dim, heads)
+        rows = max(r for r in range(1, math.isqrt(tokens) + 1) if tokens % r == 0)
+        self.grid = (rows, tokens // rows)
+        self.axis = axis
+
+    def attend(self, x):
+        grid = x.unflatten(1, self.grid)                                # (B, rows, columns, dim)
+        if self.axis:
+            grid = grid.transpose(1, 2)
+        y = self.attention(grid.flatten(0, 1)).view(grid.shape)  # along one axis only
+        if self.axis:
+            y = y.transpose(1, 2)
+        return y.flatten(1, 2)                                          # (B, L, dim)
+
+
+def autocast(x):
+    """bfloat16 on a GPU, whose sampler's state stays float32."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+
+
+def steer_ahead(model, times, labels, at_once=10):
+    """Yields what steers the blocks at each time, made for ten steps at a time: their weights are read once for all.
+
+    Shapes: times (steps,), labels (B,) -> (B, m, dim) for each step
+    """
+    for some in times.split(at_once):
+        with torch.no_grad(), autocast(times):
+            made = model.steer(some.repeat_interleave(len(labels)), labels.repeat(len(some)))
+        yield from made.unflatten(0, (len(some), -1))                   # (B, m, dim) each
+
+
+def noise_of_steps(noise, steps, seed):
+    """Fresh noise for every step, drawn before the walk, which then never waits for the CPU.
+
+    2^31 keeps the seeds apart from those of the starting noise. Shapes: noise (B, N, d) -> (steps, B, N, d)
+    """
+    fresh = []
+    for i in range(len(noise)):
+        generator = torch.Generator().manual_seed(2 ** 31 + seed + i)
+        fresh.append(torch.randn(steps, *noise.shape[1:], generator=generator))
+    return torch.stack(fresh, 1).to(noise.device)
+
+
+def measure_tokens(model, cache):
+    """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
+    if len(cache) < 2:
+        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better thousands")
+    rows = np.random.default_rng(0).permutation(len(cache))[:4096]
+    some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
+    model.token_mean.copy_(some[:, 0].mean(0))
+    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
+
+
+def draw_samples(model, vae, cache, labels, classes, run):
+    """A picture of 16 samples, of conditions of the cache."""
+    cfg = run.cfg
+    rows = torch.arange(16) * 1021 % len(cache)         # a prime stride meets all classes
+    cond = labels[rows].to(run.device)                                  # (16,)
+    if model.by_tokens:
+        cond = torch.from_numpy(cache[rows.numpy(), 2]).to(run.device).float()  # (16, N, d)
+    noise = torch.randn(16, *cache.shape[2:], generator=torch.Generator().manual_seed(0))
+    guidance = cfg.guidance if cfg.condition == "class" else 1.0
+    tokens = sample_tokens(model, cond, noise.to(run.device), cfg.sampler, cfg.sample_steps, guidance)
+    names = [*classes, "generated"]                     # the last: of no class
+    picture = tile(vae.play(tokens), 4, [names[label] for label in labels[rows].tolist()])
+    run.write(save_video, run.out / f"step_{run.step:06d}.gif", picture)
+
+
+def load_dit(path, device):
+    """The trained denoiser: averaged weights, frozen, with .cfg, .class_names, .step, .path, .sha256, .vae_sha256."""
+    ckpt = load_checkpoint(path, device, MADE_BY)
+    model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"])).to(device).eval().requires_grad_(False)
+    model.load_state_dict(ckpt["ema"])
+    model.class_names = ckpt["classes"]
+    model.step = ckpt["step"]
+    model.vae_sha256 = ckpt["vae_sha256"]
+    model.path = Path(path)
+    model.sha256 = file_hash(path)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- token cache
+
+def cache_tokens(cfg, vae, run):
+    """Encode the training clips once; stage 2 never runs the encoder again.
+
+    File: tokens-KEY.npy beside the tokenizer, float16 (M, 2 or 3, N, d): mean, log-variance and, with a condition
+    video, the mean of its tokens; and a .json with `labels`, `videos` (which video a row comes from) and `classes`.
+    KEY hashes the tokenizer's checkpoint and everything that decides the clips, so a stale cache is never read.
+    Raises: SystemExit for a full disk, or a damaged cache
+    """
+    clips = training_clips(cfg, vae, run)
+    with_condition = cfg.condition in ("frames", "image", "edge")
+    keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
+    shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
+    path = vae.path.parent / f"tokens-{cache_key(cfg, vae, clips)}.npy"
+    notes = path.with_suffix(".json")
+    try:
+        if not run.agree(int(path.exists() and notes.exists())):
+            fill_cache(cfg, vae, run, clips, keys, path, shape)
+            if run.rank == 0:
+                meta = dict(labels=[int(clips.labels[i]) for i, _ in keys], videos=[i for i, _ in keys],
+                            classes=clips.classes)
+                notes.write_text(json.dumps(meta))
+        run.agree(0)
+        cache = np.load(path, mmap_mode="r")
+        meta = json.loads(notes.read_text())
+        whole = cache.shape == shape and cache.dtype == np.float16 and len(meta["labels"]) == len(keys)
+    except OSError as error:
+        raise SystemExit(f"{path} could not be written or read ({error.strerror or error}); make room, or copy the "
+                         "tokenizer to a folder that can be written") from error
+    except (ValueError, KeyError, TypeError):           # truncated, or not ours
+        whole = False
+    if not whole:
+        raise SystemExit(f"{path} does not hold the tokens its name says; delete it, it will be made again")
+    return cache, meta
+
+
+def training_clips(cfg, vae, run):
+    """The clips that the tokenizer was trained on, wherever their folder lies now."""
+    root = cfg.data_root or vae.cfg.data_root
+    index = str(vae.path.parent)                        # where stage 1 left its index of the videos
+    with run.first_rank_first():
+        return build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
+
+
+def cache_key(cfg, vae, clips):
+    """Twelve digits for everything that decides what is in the cache."""
+    root = cfg.data_root or vae.cfg.data_root
+    files = [(os.path.relpath(file, root), file.stat().st_size) for file in clips.files or []]
+    condition = cfg.condition if cfg.condition in ("frames", "image", "edge") else ""
+    what = [vae.sha256, files, clips.labels.tolist(), clips.classes, cfg.clips_per_video, cfg.seed, condition]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def fill_cache(cfg, vae, run, clips, keys, path, shape):
+    """Every rank encodes its rows into one file, by ordinary writes: a full disk is an error, not a crash."""
+    part = path.with_suffix(f".{run.agree(os.getpid())}.part")  # a second run beside this one has its own
+    mine = np.array_split(np.arange(len(keys)), run.world)[run.rank]
+    header = npy_header(shape)
+    if run.rank == 0:
+        with open(part, "wb") as file:
+            file.write(header)
+    run.agree(0)
+    pixels = vae.cfg.frames * vae.cfg.resolution ** 2
+    at_once = max(1, min(32, 4 * 16 * 128 ** 2 // pixels))  # no more memory than a training pass takes
+    loader = torch.utils.data.DataLoader(clips, at_once, sampler=[keys[i] for i in mine], num_workers=cfg.workers)
+    try:
+        with open(part, "r+b") as file:
+            file.seek(len(header) + (int(mine[0]) if len(mine) else 0) * 2 * math.prod(shape[1:]))
+            for video, _ in progress(loader, run.rank > 0, desc="encoding clips", unit="batch", leave=False):
+                video = video.to(run.device)
+                rows = list(vae.encode(video))          # mean, logvar: (b, N, d) each
+                if shape[1] == 3:
+                    rows.append(vae.encode(condition_video(video, cfg.condition))[0])
+                file.write(torch.stack(rows, 1).cpu().half().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        run.agree(0)
+        if run.rank == 0:
+            os.replace(part, path)
+    finally:
+        if run.rank == 0:
+            part.unlink(missing_ok=True)
+
+
+def npy_header(shape):
+    """The first bytes of a float16 .npy of this shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
+    return file.getvalue()
 
 
 if __name__ == "__main__":

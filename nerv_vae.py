@@ -1,33 +1,32 @@
 """Stage 1: a VAE whose latent code is the weights of a small video network.
 
     video (B, T, 3, H, W) -> patches (B, P, patch values) -> ViT over [patches ; N queries] -> keep the N queries
-      -> BatchNorm -> FC -> mean, logvar (B, N, d) -> z = mean + sigma * eps = the weight tokens
+      -> BatchNorm -> linear -> mean, logvar (B, N, d) -> z = mean + sigma * noise, the weight tokens
       -> GenerativeNeRV(z, frame) -> video (B, T, 3, H, W)
 
-    python nerv_vae.py                                              # toy clips, laptop CPU, a few minutes
+    python nerv_vae.py                                              # toy clips, a laptop, a few minutes
     python nerv_vae.py --dataset ucf --data-root UCF-101 --out out/ucf      # the paper's run (S; --model B, L)
     python nerv_vae.py --dataset folder --data-root my_videos --out out/my  # any tree of videos
     python nerv_vae.py --dataset nerv_enc --data-root k400 --out out/enc    # the paper's forerunner, NeRV-Enc
-    torchrun --nproc_per_node=8 nerv_vae.py --dataset ucf ...               # --batch stays what all do together
+    torchrun --nproc_per_node=8 nerv_vae.py --dataset ucf ...               # --batch is what all do together
 
-It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (one line a log step), step_XXXXXX.gif
-(held-out originals over reconstructions over their difference). The same command again continues where it stopped.
+It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (a line every log step), step_XXXXXX.gif
+(held-out clips over their reconstructions over the difference) and index.html, the page of the run. The same command
+again continues where it stopped.
 
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
 """
-import atexit
-import ctypes
 import dataclasses
 import json
 import math
 import os
-import platform
 import signal
 import sys
+import threading
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,9 +36,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from data import build_dataset, degrade, load_lpips, parse_config, save_video, tile
+from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, parse_config, progress, psnr,
+                  ranks, save_video, tile, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -51,178 +52,92 @@ class Config:
     dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: clips, row of presets
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
     split: str = "all"              # all, train, test or a list of groups such as 1-19,23: the videos that train
-    frames: int = 8                 # T, frames per clip (paper: 16)
-    stride: int = 1                 # step in the file between frames of a clip; 0 spreads them over the whole file
-    resolution: int = 32            # H = W in pixels (paper: 128 and 256)
+    frames: int = 8                 # 1..: T, frames of a clip (paper: 16)
+    stride: int = 1                 # 0..: step in the file between frames of a clip; 0 spreads them over the file
+    resolution: int = 32            # 8..: H = W in pixels (paper: 128 and 256)
     flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
-    in_memory: bool = False         # keep every video that was read, whole and resized: small ones are decoded once
-    degrade: str = "none"           # none|downsample|blur|inpaint: what the encoder is shown instead (NeRV-Enc Table 8)
-    workers: int = 0                # loader processes of each rank; 0 reads in the training process
+    in_memory: bool = False         # decode every video once, shrink it and keep it on the training device
+    degrade: str = "none"           # none|downsample|blur|inpaint: damage to what the encoder sees (NeRV-Enc Table 8)
+    workers: int = 0                # 0..: loader processes of each rank; 0 reads in the training process
     # weight tokens and decoder
     model: str = "16"               # decoder width D: S, B, L (128, 256, 512; A.2) or a number; nerv_dec: NeRV-Enc's
-    tokens: int = 32                # N, weight tokens a video (paper: 128, and 160 at 256 x 256)
-    token_dim: int = 32             # d, channels a weight token (paper: 128)
-    gen_channels: int = 8           # generated block of a D -> D kernel: this many inputs and outputs (paper: 64)
-    pe_size: int = 8                # height and width of the positional input (paper Table 2c: 8 is best)
-    pe_dim: int = 16                # sinusoids for each of time, height and width (paper A.2)
-    pe_base: float = 10.0           # the slowest sinusoid is nearly this many times slower than the fastest (choice)
+    tokens: int = 32                # 1..: N, weight tokens a video (paper: 128, and 160 at 256 x 256)
+    token_dim: int = 32             # 1..: d, channels of a weight token (paper: 128)
+    gen_channels: int = 8           # 1..: inputs and outputs that tokens write of a D -> D kernel (paper: 64)
+    pe_size: int = 8                # 1..: height and width of the positional input (paper Table 2c: 8 is best)
     parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter a kernel (paper Table 2a)
     reuse: str = "heads"            # heads|direct|none: how layers share the tokens (paper Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
     kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
-    layer_tokens: str = ""          # tokens x channels of each layer, as 4x256,0x0; empty: all read all (NeRV-Enc A.5)
+    layer_tokens: str = ""          # tokens x channels of each layer: 4x256,0x0; empty: all read all (NeRV-Enc A.5)
     expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc B c)
-    normalize: bool = True          # divide every kernel by its norm (paper Sec. 3.1; NeRV-Enc B a)
-    conv_init: bool = True          # kernels start normal; off: as signs (NeRV-Enc B b names nothing: choice)
+    normalize: bool = True          # with repeat, divide every kernel by its norm (NeRV-Enc B a)
+    conv_init: bool = True          # with repeat, kernels start normal; off: as signs (NeRV-Enc B b: choice)
     # encoder
-    enc_depth: int = 2              # transformer blocks (paper: 18)
-    enc_heads: int = 4              # attention heads (paper: 14)
-    enc_dim: int = 128              # width of the transformer (paper: 896)
-    patch: int = 8                  # patch height and width in pixels (paper: 8)
-    patch_frames: int = 2           # patch depth in frames (paper: 1)
+    enc_depth: int = 2              # 0..: transformer blocks (paper: 18)
+    enc_heads: int = 4              # 1..: attention heads (paper: 14)
+    enc_dim: int = 128              # 6..: width of the transformer (paper: 896)
+    patch: int = 8                  # 1..: patch height and width in pixels (paper: 8)
+    patch_frames: int = 2           # 1..: patch depth in frames (paper: 1)
     logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
-    kl_weight: float = 1e-6         # times the KL in nats summed over tokens, channels (paper A.1: 1e-5; choice: sum)
-    edge_weight: float = 0.0        # times the squared error of steps from pixel to pixel (departs: not in Eq. 1)
-    lpips_weight: float = 0.0       # perceptual loss (paper: 1); 0 downloads nothing
-    lpips_start: int = 0            # first step of the perceptual loss: without it, steps cost less (paper: 0)
+    kl_weight: float = 1e-6         # 0..: times the KL in nats summed over tokens and channels (paper A.1: 1e-5)
+    edge_weight: float = 0.0        # 0..: times the error of steps from pixel to pixel (departs: not in Eq. 1)
+    lpips_weight: float = 0.0       # 0..: perceptual loss (paper: 1); 0 downloads nothing
+    lpips_start: int = 0            # 0..: first step of the perceptual loss: without it, steps cost less (paper: 0)
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
-    gan_weight: float = 0.0         # adversarial loss (paper A.1: 1)
-    gan_channels: int = 64          # width of the discriminator's first layer (paper A.1: 64)
-    gan_start: int = 0              # first step of the discriminator and its loss (choice: 100,000 of the paper's 2M)
-    gan_every: int = 5              # the discriminator learns every so many steps (paper A.1)
-    gan_lr_ratio: float = 0.2       # its learning rate over the autoencoder's (paper A.1: one fifth)
-    r1_weight: float = 0.0          # R1 gradient penalty on every 16th discriminator step (choice: off)
+    gan_weight: float = 0.0         # 0..: adversarial loss (paper A.1: 1)
+    gan_channels: int = 64          # 1..: width of the discriminator's first layer (paper A.1: 64)
+    gan_start: int = 0              # 0..: first step of the discriminator (choice: 100,000 of the paper's 2M)
+    gan_every: int = 5              # 1..: the discriminator learns every so many steps (paper A.1)
+    gan_lr_ratio: float = 0.2       # 0..: its learning rate over the autoencoder's (paper A.1: one fifth)
     # optimisation
-    batch: int = 8                  # B, clips per step (paper E.17: 32)
-    steps: int = 4000               # optimizer steps (paper A.1: 2M)
-    lr: float = 2e-3                # peak learning rate (paper A.1: 1e-4)
+    batch: int = 8                  # 1..: B, clips per step (paper E.17: 32)
+    steps: int = 4000               # 1..: optimizer steps (paper A.1: 2M)
+    lr: float = 2e-3                # 0..: peak learning rate (paper A.1: 1e-4)
     muon: bool = False              # Muon for the matrices of the encoder (departs: AdamW for all, paper A.1)
-    warmup: int = 100               # steps of linear warmup before the cosine decay (paper A.1, length: choice)
-    clip: float = 1.0               # largest gradient norm (choice)
-    ema: float = 0.999              # decay of the averaged weights that everything after training uses (choice)
-    frames_per_step: int = 2        # frames decoded of a clip in a step (none needs another); 0: all, as ever with GAN
-    grad_accum: int = 1             # passes that share an optimizer step, to fit a batch into memory
+    warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
+    ema: float = 0.999              # 0..1: decay of the averaged weights that everything after training uses (choice)
+    frames_per_step: int = 2        # 0..: frames decoded of a clip in a step; 0: all, as always with GAN
+    grad_accum: int = 1             # 1..: passes that share an optimizer step, to fit a batch into memory
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA: a slow first step, then faster ones
-    checkpointing: bool = False     # recompute encoder activations in the backward pass: less memory (256 x 256)
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
-    log_every: int = 50             # steps between lines of log.jsonl; the only time the GPU is waited for
-    eval_every: int = 1000          # steps between held-out PSNR, pictures and checkpoints
+    log_every: int = 50             # 1..: steps between lines of log.jsonl; the only time the GPU is waited for
+    eval_every: int = 1000          # 1..: steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
-    seed: int = 0                   # fixes initial weights, clips and noise
+    seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
 
 
-PAPER = dict(frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
-             kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
-             kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4,
-             warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
-NERV_ENC = {**PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
-            "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
-            "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,       # 46.8M, A.2: 47.6M
-            "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,    # no VAE: mean tokens
-            "steps": 46_875, "warmup": 1000, "eval_every": 2500}    # Table 7: 150 epochs of 10k videos; warmup: choice
-LAPTOP = dict(stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
-              edge_weight=1.0, lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000, lr=1e-3,
-              muon=True)                                          # a folder of real videos at 32 x 32 x 8, on a CPU
-WORKSTATION = {**LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "in_memory": False, "workers": 8, "model": "S",
-               "tokens": 64, "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384,
-               "gan_weight": 0.1, "gan_start": 2125, "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000,
-               "batch": 32, "steps": 2500, "warmup": 200, "frames_per_step": 4, "bf16": True}   # minutes on a large GPU
-PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": {**PAPER, "resolution": 256, "tokens": 160, "checkpointing": True},
-           "k600": PAPER, "folder": PAPER, "laptop": LAPTOP, "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
-MADE_BY = "python nerv_vae.py"                                    # stands in the checkpoint
-
-
-# -------------------------------------------------------- several processes: one is enough to follow; skip at first
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun says; else alone
-LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None            # the allocator of most Linux systems
-
-
-def pick_device():
-    """This rank's device, CUDA where there is one; joins the other ranks. Denormals are flushed, as they are slow."""
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high")
-    cuda = torch.cuda.is_available()
-    if LIBC and not cuda:                               # keep freed memory: a page taken anew costs a fault, every step
-        LIBC.mallopt(-4, 0)                             # M_MMAP_MAX: no mapping of its own for a large tensor
-        LIBC.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: nothing is given back
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if WORLD > 1 and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(device)
-        # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-        atexit.register(leave_ranks)
-    return device
-
-
-def leave_ranks():
-    """Leave the other ranks before Python shuts down: a gloo thread that frees its last tensor then aborts the run."""
-    dist.destroy_process_group()
-    time.sleep(0.5)                                     # leaves them the interpreter's lock for that
-
-
-def average_gradients(model):
-    """Give every rank the mean of all ranks' gradients, in one message once all are there: no bucket, no overlap."""
-    if WORLD > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, mean in zip(grads, flat.div_(WORLD).split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors; so is its gradient. (The one of torch.distributed.nn does not compile.)"""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return SumOverRanks.apply(grad)
-
-
-def agree(numbers):
-    """The largest of all ranks' numbers (or of each in a list), and a meeting point: all wait until all are here."""
-    value = torch.tensor(numbers)
-    if WORLD > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.tolist()
-
-
-@contextmanager
-def first_rank_first():
-    """What rank 0 does in here (scan a folder, download weights) is there for the others when their turn comes."""
-    if RANK:
-        agree(0)
-    yield
-    if not RANK:
-        agree(0)
-
-
-def all_at_one_step(step, path):
-    """Raise SystemExit where ranks found different checkpoints: they would average different models' gradients."""
-    high, low = agree([step, -step])
-    if high != -low:
-        raise SystemExit(f"ranks found {path} at steps {-low} to {high}; --out must be one folder for all of them")
-
-
-def my_share(cfg):
-    """The slice of a batch of cfg.batch that this rank works on. Raises SystemExit where it does not divide."""
-    if cfg.grad_accum < 1 or cfg.batch < 1 or cfg.batch % (WORLD * cfg.grad_accum):
-        raise SystemExit(f"--batch {cfg.batch} does not divide into {WORLD} processes times --grad-accum "
-                         f"{cfg.grad_accum}; --batch is what all of them do together in a step")
-    each = cfg.batch // WORLD
-    return slice(RANK * each, (RANK + 1) * each)
+PAPER = dict(
+    frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
+    kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1, kl_weight=1e-5, lpips_weight=1.0,
+    gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
+    frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+# 80 inputs and outputs: each of 160 tokens then writes a whole share of a block (paper E.3's "simple alignment").
+PAPER_256 = {**PAPER, "resolution": 256, "tokens": 160, "gen_channels": 80, "checkpointing": True}
+NERV_ENC = {                        # no VAE: the posterior is so narrow that tokens are their means
+    **PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
+    "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
+    "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,  # 46.8M, A.2: 47.6M
+    "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,
+    "steps": 46_875, "warmup": 1000, "eval_every": 2500}  # Table 7: 150 epochs of 10k; warmup: choice
+LAPTOP = dict(                      # a folder of real videos at 32 x 32 x 8, on a CPU
+    stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7, edge_weight=1.0,
+    lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000, lr=1e-3, muon=True)
+WORKSTATION = {                     # a folder of real videos at 64 x 64 x 16, minutes on a large GPU
+    **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64, "token_dim": 64,
+    "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384, "gan_weight": 0.1, "gan_start": 2125,
+    "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000, "batch": 32, "steps": 2500, "warmup": 200,
+    "frames_per_step": 4, "bf16": True}
+PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": PAPER_256, "k600": PAPER, "folder": PAPER, "laptop": LAPTOP,
+           "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
+MADE_BY = "python nerv_vae.py"      # stands in the checkpoint
+FRAMES_AT_ONCE = 4                  # with --checkpointing the decoder renders so many, then the next
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -234,13 +149,16 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise SystemExit(f"{heads} attention heads do not divide a width of {dim}; change one of the two")
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, L, dim = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, L, c)
-        y = F.scaled_dot_product_attention(q, k, v)                                 # (B, heads, L, c)
-        return self.proj(y.transpose(1, 2).reshape(B, L, dim))                      # (B, L, dim)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, dim // self.heads)  # (B, L, 3, heads, c)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, L, c) each
+        y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, L, c)
+        return self.proj(y.transpose(1, 2).reshape(B, L, dim))          # (B, L, dim)
 
 
 def mlp(dim):
@@ -253,8 +171,10 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim), mlp(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp(dim)
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -265,11 +185,13 @@ class BatchNorm(nn.BatchNorm1d):
     """BatchNorm1d whose statistics are taken over the tokens of all ranks. Shapes: (n, dim) -> (n, dim)."""
 
     def forward(self, x):
-        if WORLD == 1 or not self.training:
+        if not self.training or not dist.is_initialized():
             return super().forward(x)
-        mean = SumOverRanks.apply(x.mean(0)) / WORLD                                # (dim,)
-        x = x - mean                                    # first, as E[x^2] - mean^2 cancels where the mean is large
-        var, n = SumOverRanks.apply(x.square().mean(0)) / WORLD, WORLD * len(x)     # (dim,)
+        world = dist.get_world_size()
+        mean = SumOverRanks.apply(x.mean(0)) / world                    # (dim,)
+        x = x - mean                        # first, as E[x^2] - mean^2 cancels where the mean is large
+        var = SumOverRanks.apply(x.square().mean(0)) / world            # (dim,)
+        n = world * len(x)
         with torch.no_grad():
             self.num_batches_tracked += 1
             weight = self.momentum or 1 / self.num_batches_tracked
@@ -284,52 +206,62 @@ class NeRVEncoder(nn.Module):
     Shapes:  video (B, T, 3, H, W) -> mean, logvar (B, N, d) each
     Units:   pixels in [-1, 1]; the posterior of a token channel is N(mean, exp(logvar))
     Raises:  SystemExit when patches do not fill the clip
-    Source:  paper Sec. 3.1 (queries, BatchNorm, FC bottleneck), A.1 (18 blocks, 14 heads, 896). Choice: fixed sin-cos
-             positions as large as the patch embedding, so that the first step already knows where a patch lies
+    Source:  paper Sec. 3.1 (queries, BatchNorm, linear bottleneck), A.1 (18 blocks, 14 heads, 896)
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, dim, p = cfg, cfg.enc_dim, cfg.patch
-        grid = (cfg.frames // cfg.patch_frames, cfg.resolution // p, cfg.resolution // p)
-        if (grid[0] * cfg.patch_frames, grid[1] * p) != (cfg.frames, cfg.resolution):
-            raise SystemExit(f"patches of {cfg.patch_frames} x {p} x {p} do not fill {cfg.frames} frames of "
-                             f"{cfg.resolution}; change --patch or --patch-frames")
-        self.embed = nn.Linear(3 * cfg.patch_frames * p * p, dim)
-        each = dim // 6 * 2                                                         # channels for each of t, y, x
-        t, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")   # (t, h, w) each
-        # Base 10 and amplitude 2: at a transformer's usual 10000 and 1 neighbours look alike and learning starts late.
-        place = 2 * torch.cat([sinusoids(axis.flatten(), each, base=10.0) for axis in (t, y, x)], 1)    # (P, 3*each)
-        self.register_buffer("place", F.pad(place, (0, dim - 3 * each)), persistent=False)          # (P, dim)
+        self.cfg = cfg
+        dim = cfg.enc_dim
+        if cfg.frames % cfg.patch_frames or cfg.resolution % cfg.patch:
+            raise SystemExit(f"patches of {cfg.patch_frames} x {cfg.patch} x {cfg.patch} do not fill {cfg.frames} "
+                             f"frames of {cfg.resolution}; change --patch or --patch-frames")
+        self.embed = nn.Linear(3 * cfg.patch_frames * cfg.patch ** 2, dim)
+        self.register_buffer("place", patch_positions(cfg), persistent=False)  # (P, dim)
         # Small, or BatchNorm would see the queries' differences and scale those between videos down to nothing.
         self.queries = nn.Parameter(0.02 * torch.randn(cfg.tokens, dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.enc_heads) for _ in range(cfg.enc_depth))
         self.norm = BatchNorm(dim)
         self.bottleneck = nn.Linear(dim, 2 * cfg.token_dim)
-        nn.init.zeros_(self.bottleneck.weight[cfg.token_dim:])
+        nn.init.zeros_(self.bottleneck.weight[cfg.token_dim:])  # every posterior starts equally narrow
         nn.init.constant_(self.bottleneck.bias[cfg.token_dim:], cfg.logvar_start)
 
     def forward(self, video):
         B, T, _, H, W = video.shape
-        p, f = self.cfg.patch, self.cfg.patch_frames
-        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)                       # (B, T/f, f, 3, h, p, w, p)
-        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7)                                       # (B, T/f, h, w, f, 3, p, p)
-        x = x.flatten(4).flatten(1, 3)                                              # (B, P, f*3*p*p)
-        x = self.embed(x) + self.place                                              # (B, P, dim)
-        x = torch.cat([x, self.queries.expand(B, -1, -1)], 1)                       # (B, P+N, dim)
+        p = self.cfg.patch
+        f = self.cfg.patch_frames
+        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)           # (B, T/f, f, 3, h, p, w, p)
+        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7)                           # (B, T/f, h, w, f, 3, p, p)
+        x = x.flatten(4).flatten(1, 3)                                  # (B, P, f*3*p*p)
+        x = self.embed(x) + self.place                                  # (B, P, dim)
+        x = torch.cat([x, self.queries.expand(B, -1, -1)], 1)           # (B, P+N, dim)
         for block in self.blocks:
-            if self.cfg.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            if self.cfg.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        x = x[:, -self.cfg.tokens:].float()                                         # (B, N, dim): the queries only
-        x = self.norm(x.flatten(0, 1)).view_as(x)                                   # statistics over B*N tokens
-        mean, logvar = self.bottleneck(x).float().chunk(2, -1)                      # (B, N, d) each
+        x = x[:, -self.cfg.tokens:].float()                          # (B, N, dim): the queries only
+        x = self.norm(x.flatten(0, 1)).view_as(x)       # statistics over B*N tokens
+        mean, logvar = self.bottleneck(x).float().chunk(2, -1)          # (B, N, d) each
         return mean, logvar.clamp(-30, 20)
 
 
+def patch_positions(cfg):
+    """Fixed sines and cosines that say where a patch lies in time, height and width. Shapes: -> (P, dim).
+
+    Source: choice: base 10 and amplitude 2, as large as the patch embedding, so that the first step already knows
+            where a patch lies; at a transformer's usual 10000 and 1 neighbours look alike and learning starts late
+    """
+    side = cfg.resolution // cfg.patch
+    grid = (cfg.frames // cfg.patch_frames, side, side)
+    each = cfg.enc_dim // 6 * 2                         # channels for each of t, y, x
+    t, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")  # (t, h, w) each
+    place = torch.cat([sinusoids(axis.flatten(), each, base=10.0) for axis in (t, y, x)], 1)
+    return F.pad(2 * place, (0, cfg.enc_dim - 3 * each))                # (P, dim)
+
+
 class NeRVVAE(nn.Module):
-    """Both halves.
+    """Encoder and decoder.
 
     Shapes: video (B, T, 3, H, W), frame (k,), noise (B, N, d) -> recon (B, k, 3, H, W), mean, logvar (B, N, d) each
     Units:  noise ~ N(0, 1), given from outside, so that a step does not depend on how its batch is divided
@@ -337,7 +269,14 @@ class NeRVVAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, NeRVEncoder(cfg), GenerativeNeRV(cfg)
+        self.cfg = cfg
+        self.encoder = NeRVEncoder(cfg)
+        self.decoder = GenerativeNeRV(cfg)
+
+    def forward(self, video, frame, noise):
+        mean, logvar = self.encode(video)
+        tokens = mean + (logvar / 2).exp() * noise                      # (B, N, d)
+        return self.decode(tokens, frame), mean, logvar
 
     def encode(self, video):
         """Shapes: video (B, T, 3, H, W) in [-1, 1] -> mean, logvar (B, N, d) each; what no layer reads is zero."""
@@ -345,59 +284,115 @@ class NeRVVAE(nn.Module):
         return mean * self.decoder.used, logvar
 
     def decode(self, tokens, frame):
-        """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1]."""
-        return self.decoder(tokens, frame)
+        """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1].
 
-    def play(self, tokens):
-        """All trained frames, one video at a time: feature maps are large.
-
-        Shapes: tokens (n, N, d) -> (n, T, 3, H, W) in [-1, 1], on the CPU
+        With --checkpointing a few frames at a time, which the backward pass renders again: frames decode alone, so
+        that nothing changes but the memory.
         """
-        frame = torch.arange(self.cfg.frames, device=tokens.device).float()
-        return torch.cat([self.decode(one, frame).cpu() for one in tokens.split(1)])
+        if not self.cfg.checkpointing or not torch.is_grad_enabled():
+            return self.decoder(tokens, frame)
+        parts = [checkpoint(self.decoder, tokens, part, use_reentrant=False) for part in frame.split(FRAMES_AT_ONCE)]
+        return torch.cat(parts, 1)
 
-    def forward(self, video, frame, noise):
-        mean, logvar = self.encode(video)
-        tokens = mean + (logvar / 2).exp() * noise                                  # (B, N, d)
-        return self.decode(tokens, frame), mean, logvar
+    def play(self, tokens, frame=None):
+        """Videos of any length, one at a time and few frames at a time, so that memory stays flat.
+
+        Shapes: tokens (n, N, d), frame (T,) or None for the trained ones -> (n, T, 3, H, W) in [-1, 1], on the CPU
+        """
+        if frame is None:
+            frame = torch.arange(self.cfg.frames).float()
+        share = FRAMES_AT_ONCE if self.cfg.checkpointing else self.cfg.frames
+        videos = []
+        for one in tokens.split(1):
+            parts = [self.decode(one, part.to(one.device)).cpu() for part in frame.split(share)]
+            videos.append(torch.cat(parts, 1))                          # (1, T, 3, H, W)
+        return torch.cat(videos)
 
 
 class Discriminator(nn.Module):
     """3-D StyleGAN-like critic: five residual blocks, each halving time, height and width.
 
-    Shapes:  video (B, 3, T, H, W) -> (B,) logit, high for real
+    Shapes:  video (B, T, 3, H, W) -> (B,) logit, high for real
     Source:  paper Sec. 3.1, A.1 (5 blocks, 64 wide, "multiplier of 2 for each block"). Choice: widths 64 * (2, 4, 4,
-             4, 4) as MAGVIT's, 15.3M parameters at 16 x 128 x 128; doubling five times would need 296M. C is the
-             first width, cfg.gan_channels
+             4, 4), which is how MAGVIT's code reads such a line: 15.3M parameters at 16 x 128 x 128; doubling five
+             times would need 296M
     """
 
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.gan_channels * times for times in (1, 2, 4, 4, 4, 4)]
-        size = np.array([cfg.frames, cfg.resolution, cfg.resolution])
-        conv = lambda a, b: nn.Conv3d(a, b, 3, padding=1)
-        self.stem = conv(3, widths[0])
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(dict(a=conv(c, c), b=conv(c, wider), side=nn.Conv3d(c, wider, 1, bias=False)))
-            for c, wider in zip(widths, widths[1:]))
-        for _ in self.blocks:
-            size = -(-size // 2)                                                    # ceil, so that 16 frames do
-        self.last = conv(widths[-1], widths[-1])
-        self.fc = nn.Linear(widths[-1] * int(size.prod()), widths[-1])
+        size = [cfg.frames, cfg.resolution, cfg.resolution]
+        self.stem = conv3d(3, widths[0])
+        self.blocks = nn.ModuleList()
+        for c, wider in zip(widths, widths[1:]):
+            side = nn.Conv3d(c, wider, 1, bias=False)
+            self.blocks.append(nn.ModuleDict(dict(a=conv3d(c, c), b=conv3d(c, wider), side=side)))
+            size = [math.ceil(n / 2) for n in size]
+        self.last = conv3d(widths[-1], widths[-1])
+        self.fc = nn.Linear(widths[-1] * math.prod(size), widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
     def forward(self, video):
-        lrelu = lambda x: F.leaky_relu(x, 0.2)
-        halve = lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)     # 16 frames: 1 after 4
-        x = lrelu(self.stem(video))                                                 # (B, C, T, H, W)
+        x = F.leaky_relu(self.stem(video.transpose(1, 2)), 0.2)         # (B, C, T, H, W)
         for block in self.blocks:
-            y = lrelu(block["b"](halve(lrelu(block["a"](x)))))                      # (B, wider, T/2, H/2, W/2)
+            y = F.leaky_relu(block["a"](x), 0.2)
+            y = F.leaky_relu(block["b"](halve(y)), 0.2)                 # (B, wider, T/2, H/2, W/2)
             x = (y + block["side"](halve(x))) / math.sqrt(2)
-        x = lrelu(self.last(x)).flatten(1)                                          # (B, 4C * T/32 * H/32 * W/32)
-        return self.logit(lrelu(self.fc(x)))[:, 0]                                  # (B,)
+        x = F.leaky_relu(self.last(x), 0.2).flatten(1)                # (B, 4C * T/32 * H/32 * W/32)
+        x = F.leaky_relu(self.fc(x), 0.2)                               # (B, 4C)
+        return self.logit(x)[:, 0]                                      # (B,)
 
 
-# ---------------------------------------------------------------------------------------------- losses
+def conv3d(c_in, c_out):
+    """A 3 x 3 x 3 convolution that keeps the size."""
+    return nn.Conv3d(c_in, c_out, 3, padding=1)
+
+
+def halve(x):
+    """Mean over boxes of 2 x 2 x 2; a side of 1 stays, as 16 frames are 1 after four times."""
+    return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
+
+
+# ---------------------------------------------------------------------------------------------- loss: Eq. 1
+
+def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
+    """Eq. 1: |recon - target|^2 + lpips_weight LPIPS + gan_weight GAN + kl_weight KL(posterior || N(0, 1)).
+
+    Returns {name: scalar}: "loss", the weighted sum, its terms as they are, and numbers to watch.
+    Shapes: recon, target (B, k, 3, H, W), mean, logvar (B, N, d) -> scalars
+    Source: paper Eq. 1, A.1 (weights). Choice: the squared error is a mean over pixels, the KL a sum over tokens and
+            channels: Table A12 makes sense for such a KL only, and a summed error would make it 786,432 times weaker
+    """
+    kl = kl_divergence(mean, logvar)                                    # (B, N, d)
+    terms = dict(mse=F.mse_loss(recon, target), kl_per_dim=kl.mean())
+    loss = terms["mse"] + cfg.kl_weight * kl.sum((1, 2)).mean()
+    if cfg.edge_weight:
+        terms["edge"] = edge_error(recon, target)
+        loss = loss + cfg.edge_weight * terms["edge"]
+    if perceptual:
+        terms["lpips"] = perceptual_distance(recon, target, perceptual)
+        loss = loss + cfg.lpips_weight * terms["lpips"]
+    if critic:
+        terms["gan"] = generator_loss(critic, recon)
+        loss = loss + cfg.gan_weight * terms["gan"]
+    return dict(loss=loss, **terms, token_std=mean.std(), posterior_std=(logvar / 2).exp().mean())
+
+
+def generator_loss(critic, fake):
+    """How little the critic takes fakes for real. Shapes: fake (B, T, 3, H, W) -> scalar.
+
+    Source: choice, here and below (the paper names no GAN loss): non-saturating logistic, as StyleGAN and MAGVIT
+    """
+    return F.softplus(-critic(fake).float()).mean()
+
+
+def critic_loss(critic, real, fake):
+    """How badly the critic tells the two apart. Shapes: real, fake (B, T, 3, H, W) -> {name: scalar}."""
+    logits = critic(torch.cat([real, fake.detach()])).float()           # (2B,)
+    d_real, d_fake = logits.chunk(2)                                    # (B,) each
+    loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+    return dict(loss_d=loss, d_real=d_real.mean(), d_fake=d_fake.mean())
+
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)) in nats of each token channel. Shapes: (B, N, d) twice -> (B, N, d).
@@ -407,129 +402,30 @@ def kl_divergence(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
+def perceptual_distance(recon, target, perceptual):
+    """LPIPS, mean over frames. Shapes: recon, target (B, k, 3, H, W) -> scalar.
+
+    Source: paper Eq. 1. Choice: frames below 64 x 64 are enlarged, as at 32 the last maps are 2 x 2 and a grid comes
+            out
+    """
+    size = max(64, recon.shape[-1])
+    recon = F.interpolate(recon.flatten(0, 1), size, mode="bilinear")   # (B*k, 3, size, size)
+    target = F.interpolate(target.flatten(0, 1), size, mode="bilinear")
+    return perceptual(recon, target).float().mean()
+
+
 def edge_error(recon, target):
     """Mean squared error of the steps from each pixel to its neighbours, across plus down.
 
     Shapes: recon, target (..., H, W) in [-1, 1] -> scalar, a squared pixel value like the plain squared error
-    Source: departs, presets laptop and workstation only (the paper has no such term): errors of fine detail are small,
-            so the plain squared error teaches it last, and a short run ends before; on UCF-101 clips 0.4 dB after 2000
-            steps of laptop
+    Source: departs, presets laptop and workstation only (the paper has no such term): errors of fine detail are
+            small, so the plain squared error teaches it last, and a short run ends before
     """
-    error = recon - target                                                          # (..., H, W)
+    error = recon - target                                              # (..., H, W)
     return error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
 
 
-def psnr_from_mse(mse):
-    """Peak signal-to-noise ratio in dB from squared errors of pixels in [-1, 1], whose peak-to-peak is 2; any shape."""
-    return 10 * torch.log10(4 / torch.as_tensor(mse).clamp(min=1e-12))
-
-
-def critic_loss(critic, real, fake, r1_weight):
-    """Non-saturating logistic loss of the discriminator, with R1 on request; real and fake are (B, 3, T, H, W).
-
-    Source: choice (the paper names no GAN loss): as StyleGAN and MAGVIT
-    """
-    real = real.detach().requires_grad_(r1_weight > 0)
-    d_real, d_fake = critic(real), critic(fake.detach())                            # (B,) each
-    loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
-    if r1_weight:
-        slope, = torch.autograd.grad(d_real.sum(), real, create_graph=True)
-        loss = loss + r1_weight / 2 * slope.square().sum((1, 2, 3, 4)).mean()
-    return loss, d_real.mean(), d_fake.mean()
-
-
-# --------------------------------------------------- shared by both stages: files, signals, ranks; skip at first
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python beside `path`, flush, then rename: no crash leaves half a file.
-
-    Only rank 0 writes. A full or read-only disk is told in one line and not raised, as training can still outlive it;
-    the checkpoint before stays. Returns whether the file was written.
-    """
-    if RANK:
-        return True
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        with suppress(OSError):                         # the new name, too; some network disks cannot sync a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:            # torch turns a failed write into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {str(error).splitlines()[0]}"
-        print(f"could not write {path} ({reason}); what was there stays, the next save tries again", file=sys.stderr)
-        with writing(part):
-            part.unlink(missing_ok=True)
-        return False
-    return True
-
-
-@contextmanager
-def writing(what):
-    """Around a log line or a picture: a disk that is full is told in one line, and does not end the run."""
-    try:
-        yield what
-    except OSError as error:
-        print(f"could not write {what} ({error.strerror or error}); training goes on", file=sys.stderr)
-
-
-def load_checkpoint(path, device, made_by):
-    """The dict that save_checkpoint wrote, parsed as data: no code in the file is run, no size in it is believed.
-
-    Raises: SystemExit naming the command `made_by` where there is no file, or what is wrong with the file
-    """
-    if not Path(path).is_file():
-        raise SystemExit(f"no checkpoint at {path}; make it with: {made_by}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
-            whole = stored and archive.testzip() is None                            # every member's checksum
-        if whole:
-            ckpt = torch.load(path, map_location=device, weights_only=True)
-            if ckpt["made_by"] == made_by:
-                return ckpt
-    except PermissionError as error:
-        raise SystemExit(f"{path} may not be read ({error.strerror})") from error
-    except Exception as error:                          # a damaged archive raises nearly anything
-        raise SystemExit(f"{path} is not a checkpoint of ours, or is damaged ({type(error).__name__})") from error
-    raise SystemExit(f"{path} was not made by {made_by}, but by {ckpt['made_by']}" if whole else
-                     f"{path} is damaged: its checksums do not agree with its contents")
-
-
-# A run may continue with other values of these; any other change would silently make it another experiment.
-HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile", "checkpointing",
-            "data_root", "sampler", "sample_steps", "guidance"}
-
-
-def resume_or_start(cfg, device, made_by):
-    """The checkpoint to continue from, or None; refuses to continue with settings that differ where it matters."""
-    path = Path(cfg.out) / "ckpt.pt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").unlink(missing_ok=True)                           # a save that was killed half-way
-        if not cfg.resume and not RANK:
-            for old in [p for p in (path, path.with_name("best.pt")) if p.exists()]:
-                os.replace(old, old.with_suffix(".old.pt"))
-            path.with_name("log.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {cfg.out} cannot be written ({error.strerror}); choose another folder") from error
-    agree(0)
-    if not path.exists():
-        return None
-    ckpt = load_checkpoint(path, device, made_by)
-    ours = dataclasses.asdict(cfg)
-    differ = [f"--{k.replace('_', '-')} {v} (now {ours.get(k)})" for k, v in ckpt["config"].items()
-              if k not in HARMLESS and ours.get(k) != v]
-    if differ:
-        raise SystemExit(f"{path} was trained with {', '.join(differ)}; use those, another --out, or --no-resume")
-    if not RANK:
-        print(f"continuing {path} at step {ckpt['step']} of {cfg.steps}; --no-resume starts over")
-    return ckpt
-
+# ---------------------------------------------------------------------------------------------- training
 
 def learning_rate(step, cfg):
     """Linear warmup to cfg.lr, then a cosine to zero at cfg.steps (paper A.1)."""
@@ -544,29 +440,158 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def batch_keys(dataset, cfg, step):
-    """The (video, seed) pairs of step `step`: they follow from (cfg.seed, step) alone, for all ranks together."""
-    rng = np.random.default_rng([cfg.seed, step])
-    return [(int(rng.integers(len(dataset))), int(rng.integers(2 ** 62))) for _ in range(cfg.batch)]
+def optimizers(model, cfg):
+    """AdamW; with --muon, Muon for the matrices of the encoder, which turns all their directions equally fast.
+
+    Source: paper A.1 (AdamW). Choice: betas and no decay. Departs: Muon, small presets only; its steps are scaled to
+            AdamW's size and share its learning rate
+    """
+    matrices = [p for p in model.encoder.parameters() if cfg.muon and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    opts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    if matrices:
+        opts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return opts
 
 
-def batches(dataset, cfg, start):
-    """Endless loader of this rank's share of each batch, from step `start` on."""
-    keys = (batch_keys(dataset, cfg, step)[my_share(cfg)] for step in range(start, cfg.steps))
-    return torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=cfg.workers,
-                                       pin_memory=torch.cuda.is_available())
+@torch.no_grad()
+def measure_batchnorm(ema, run, clips):
+    """Give the averaged weights BatchNorm statistics of their own, from 16 passes over training clips.
+
+    Those of the raw weights do not fit them: on toy clips that mismatch costs 1.3 dB after 1500 steps.
+    """
+    cfg = run.cfg
+    ema.encoder.norm.reset_running_stats()
+    ema.encoder.norm.momentum = None                    # a plain mean over the passes
+    ema.train()
+    for video in run.batches(clips, range(min(16, cfg.steps))):
+        for clip in video.chunk(cfg.grad_accum):
+            ema.encode(degrade(clip, cfg.degrade))
+    ema.eval()
 
 
-def names_of(dataset, keys):
-    """What to call the videos of a batch in a message."""
-    return [str(dataset.files[i]) if dataset.files else f"clip {i}" for i, _ in keys]
+def train(cfg):
+    """Train stage 1; write out/ckpt.pt, out/log.jsonl, pictures and a page. Returns the checkpoint's path."""
+    with Run(cfg, MADE_BY, "stage 1") as run:
+        perceptual = None
+        with run.first_rank_first():
+            clips = build_dataset(cfg)
+            held_out = build_dataset(cfg, held_out=True)
+            if cfg.lpips_weight:
+                perceptual = load_lpips(cfg.lpips_net, run.device)
+        if cfg.overfit:
+            clips = OneClip(clips)
+            held_out = []
+        some, name = clips_to_judge(clips, held_out)                    # (n, T, 3, H, W)
+
+        torch.manual_seed(cfg.seed)
+        model = NeRVVAE(cfg).to(run.device)
+        ema = NeRVVAE(cfg).to(run.device).eval().requires_grad_(False)
+        ema.load_state_dict(model.state_dict())
+        opts = optimizers(model, cfg)
+        run.keep(model=model, ema=ema, opts=opts)
+        if cfg.gan_weight:
+            critic = Discriminator(cfg).to(run.device)
+            opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+            run.keep(critic=critic, opt_d=opt_d)
+            critic_forward = run.wrap(critic, compiled=False)
+        run.resume(classes=clips.classes)
+        forward = run.wrap(model)
+        run.start(f"{len(clips)} videos, encoder {size_of(model.encoder)}, decoder {size_of(model.decoder)}, "
+                  f"{cfg.tokens} tokens of {cfg.token_dim}")
+
+        for video in run.batches(clips):                           # (B, T, 3, H, W), B of this rank
+            step = run.step
+            gan = cfg.gan_weight > 0 and step >= cfg.gan_start
+            k = cfg.frames
+            if cfg.frames_per_step and not gan:         # the critic looks at whole clips
+                k = cfg.frames_per_step
+            noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=run.device)[run.mine]
+            frame = torch.randperm(cfg.frames, device=run.device)[:k].sort()[0]  # (k,)
+            model.zero_grad(set_to_none=True)
+            pairs = []
+            for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
+                with run.autocast():
+                    # 1. Encode, draw the tokens, decode k frames.
+                    recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), eps)
+                    recon = recon.float()                               # (B, k, 3, H, W)
+                    target = clip[:, frame]
+                    # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
+                    terms = vae_loss(recon, target, mean, logvar, cfg,
+                                     perceptual if step >= cfg.lpips_start else None,
+                                     critic.requires_grad_(False) if gan else None)
+                (terms["loss"] / cfg.grad_accum).backward()
+                run.add(terms)
+                pairs.append((target, recon.detach()))
+            # 3. One optimizer step, then the averaged weights follow.
+            run.add(run.update(model, opts, learning_rate(step, cfg)))
+            update_ema(ema, model, cfg.ema, step)
+            # 4. Every few steps the critic learns to tell the two apart.
+            if gan and (step + 1) % cfg.gan_every == 0:
+                critic.requires_grad_(True).zero_grad(set_to_none=True)
+                for real, fake in pairs:
+                    with run.autocast():
+                        terms = critic_loss(critic_forward, real, fake)
+                    (terms["loss_d"] / cfg.grad_accum).backward()
+                    run.add(terms)
+                run.update(critic, [opt_d], cfg.gan_lr_ratio * learning_rate(step, cfg), limit=math.inf)
+            # 5. Log; now and then a checkpoint and a picture; leave where a signal asks to.
+            run.finish_step()
+            if run.time_to_save():
+                measure_batchnorm(ema, run, clips)
+                run.save()
+            if run.time_to_log():
+                row = run.means()
+                row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-12))
+                if run.time_to_look() and run.rank == 0:
+                    row.update(judge(ema, some, name, run))
+                run.log(row, shown=("loss", "psnr", "kl_per_dim", name, "psnr_in"))
+            run.leave_if_asked()
+    return run.path
+
+
+def load_vae(path, device):
+    """The trained tokenizer: averaged weights, frozen, with .cfg, .classes, .step, .path and .sha256."""
+    ckpt = load_checkpoint(path, device, MADE_BY)
+    model = NeRVVAE(Config(**ckpt["config"])).to(device).eval().requires_grad_(False)
+    model.load_state_dict(ckpt["ema"])
+    model.classes = ckpt["classes"]
+    model.step = ckpt["step"]
+    model.path = Path(path)
+    model.sha256 = file_hash(path)
+    return model
+
+
+def main(argv=None):
+    """Command line of stage 1. Returns the path of the checkpoint."""
+    return train(parse_config(Config, PRESETS, argv))
+
+
+# ==================================================================================================================
+# The method ends here. Below: the picture of a run, checkpoints, and `Run`, what both stages need around them.
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors; so is its gradient. (torch's SyncBatchNorm refuses CPUs.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOverRanks.apply(grad)
 
 
 class OneClip:
     """A data set that is one clip of another one, over and over: what --overfit trains on."""
 
     def __init__(self, dataset):
-        self.item, self.classes, self.files = dataset[0, 0], dataset.classes, None
+        self.item = dataset[0, 0]
+        self.classes = dataset.classes
+        self.files = dataset.files and dataset.files[:1]
 
     def __len__(self):
         return 1
@@ -575,271 +600,448 @@ class OneClip:
         return self.item
 
 
-def listen_for_stop():
-    """A list that SIGINT or SIGTERM puts its number into, so that the loop can finish its step, save and leave."""
-    seen = []
-
-    def note(number, _):
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt                     # Ctrl-C twice: do not wait for the step
-        seen.append(number)                             # SIGTERM comes twice where a scheduler signals every process
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return seen
-
-
-def add_up(terms, passes, **values):
-    """Add each value's share to its mean over the passes of a step; tensors stay where they are, nothing waits."""
-    for key, value in values.items():
-        terms[key] = terms.get(key, 0) + value.detach().float() / passes
-
-
-def mean_over_ranks(terms):
-    """A dict of scalar tensors as plain numbers, each the mean over ranks: the only place that waits for the GPU."""
-    values = torch.stack(list(terms.values())).cpu()
-    if WORLD > 1:
-        dist.all_reduce(values)
-    return dict(zip(terms, (values / WORLD).tolist()))
-
-
-def write_log(path, row):
-    """Append one line to log.jsonl; only rank 0 does."""
-    if not RANK:
-        with writing(path), open(path, "a") as log:
-            log.write(json.dumps(row) + "\n")
-
-
-def not_finite(row, bad, names):
-    """What to say when ten steps in a row were skipped."""
-    terms = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "clips_per_s")
-    return (f"{int(bad)} steps in a row had a loss or gradient that is not a number, and were skipped; stopped at "
-            f"{terms}; this batch: {', '.join(names)}. The checkpoint is from before; lower --lr, or look at these")
-
-
-def leave(step, path, heard, saved):
-    """End a run that was asked to stop by signal `heard`."""
-    if not saved:
-        raise SystemExit(f"stopped at step {step}, and the save of {path} failed: it is from an earlier step")
-    if not RANK:
-        print(f"stopped at step {step}; the same command continues {path}")
-    raise SystemExit(128 + heard)
-
-
-def guarded_step(opt, model, limit, bad, muon=None):
-    """Average gradients over ranks, clip them to norm `limit`, step; but skip the step where one is not finite.
-
-    `bad` (2,) counts the skipped steps: all, and in a row. Returns the norm. AdamW never waits for the GPU: its fused
-    form looks at `found_inf` itself, as it does for torch's gradient scaler. Muon has no such form and waits.
-    """
-    average_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    opt.found_inf = (~norm.isfinite()).float()
-    opt.step()
-    if muon and norm.isfinite():
-        muon.step()
-    bad[0] += opt.found_inf
-    bad[1] = (bad[1] + 1) * opt.found_inf
-    return norm
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-@torch.no_grad()
-def measure_batchnorm(ema, dataset, cfg, device):
-    """Give the averaged weights BatchNorm statistics of their own, from 16 batches of training clips.
-
-    Those of the raw weights do not fit them: on toy clips that mismatch costs 1.3 dB after 1500 steps.
-    """
-    ema.encoder.norm.reset_running_stats()
-    ema.encoder.norm.momentum = None                    # a plain mean over the batches
-    ema.train()
-    for _, (video, _) in zip(range(min(16, cfg.steps)), batches(dataset, cfg, 0)):
-        ema.encode(degrade(video.to(device), cfg.degrade))
-    ema.eval()
-
-
-@torch.no_grad()
-def evaluate(model, clips, picture):
-    """Mean PSNR in dB over clips, frame by frame, through mean tokens: of the output, and of what the encoder saw.
-
-    Writes a picture: originals over what was seen (if that is another thing), reconstructions, differences.
-    Shapes: clips (n, T, 3, H, W) in [-1, 1]
-    """
-    device, frame = next(model.parameters()).device, torch.arange(clips.shape[1]).float()
-    seen = degrade(clips, model.cfg.degrade)                                        # (n, T, 3, H, W)
-    share = max(1, model.cfg.batch // (WORLD * model.cfg.grad_accum))               # as many as a training pass holds
-    recon = torch.cat([model.decode(model.encode(c.to(device))[0], frame.to(device)).cpu() for c in seen.split(share)])
-    rows = dict(original=clips, seen=seen, reconstruction=recon)
-    rows["difference"] = (recon - clips).abs().sub(1)                               # black where they agree
-    if model.cfg.degrade == "none":
-        del rows["seen"]
-    with writing(picture):
-        columns = min(8, len(clips))
-        labels = [name for name in rows for _ in range(columns)]
-        save_video(picture, tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels))
-    return [float(psnr_from_mse((x - clips).square().mean((2, 3, 4))).mean()) for x in (recon, seen)]
-
-
-def train(cfg):
-    """Train stage 1; write out/ckpt.pt, out/best.pt, out/log.jsonl and pictures. Returns the checkpoint's path."""
-    device, path, mine = pick_device(), Path(cfg.out) / "ckpt.pt", my_share(cfg)
-    if cfg.muon and not hasattr(torch.optim, "Muon"):
-        raise SystemExit(f"--muon needs torch 2.9, this is {torch.__version__}; install that or give --no-muon")
-    ckpt = resume_or_start(cfg, device, MADE_BY)
-    with first_rank_first():
-        clips, held_out = build_dataset(cfg), build_dataset(cfg, held_out=True)
-        if cfg.lpips_weight:
-            perceptual = load_lpips(cfg.lpips_net, device)
-    if cfg.overfit:
-        clips, held_out = OneClip(clips), []
-    name, source = ("psnr_held_out", held_out) if len(held_out) else ("psnr_train", clips)
+def clips_to_judge(clips, held_out):
+    """At most 64 held-out clips, or training clips where none are held out; and what their PSNR is called."""
+    name = "psnr_held_out" if len(held_out) else "psnr_train"
+    source = held_out if len(held_out) else clips
     shown = np.random.default_rng(0).permutation(len(source))[:64]
-    eval_clips = torch.stack([source[int(i), 0][0] for i in shown])                 # (n, T, 3, H, W)
-
-    torch.manual_seed(cfg.seed)
-    model = NeRVVAE(cfg).to(device)
-    ema = NeRVVAE(cfg).to(device).eval().requires_grad_(False)
-    ema.load_state_dict(model.state_dict())
-    # Muon's steps, scaled to AdamW's size, share its learning rate. They turn all directions of a matrix equally fast.
-    matrices = [p for p in model.encoder.parameters() if cfg.muon and p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    opt = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw") if cfg.muon else None
-    state = dict(model=model, ema=ema, opt=opt, **(dict(muon=muon) if muon else {}))
-    if cfg.gan_weight:
-        critic = Discriminator(cfg).to(device)
-        opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)    # MAGVIT's
-        state.update(critic=critic, opt_d=opt_d)
-    step, best = 0, -math.inf
-    if ckpt:
-        step, best = ckpt["step"], ckpt["best"]
-        for key, thing in state.items():
-            thing.load_state_dict(ckpt[key])
-        ckpt = None                                     # it lies on the GPU; model and ema have copied their parts
-    all_at_one_step(step, path)
-    # Of static shapes, as k has two values at most. We go on saving `model`.
-    forward = torch.compile(model, dynamic=False) if cfg.compile and device.type == "cuda" else model
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
-
-    def save(path):
-        return save_checkpoint(path, dict(step=step, best=best, config=dataclasses.asdict(cfg), classes=clips.classes,
-                                          made_by=MADE_BY, **{key: thing.state_dict() for key, thing in state.items()}))
-
-    size = sum(p.numel() for p in model.encoder.parameters()), sum(p.numel() for p in model.decoder.parameters())
-    if not RANK:
-        print(f"stage 1 on {device}{f' and {WORLD - 1} more' * (WORLD > 1)}: {len(clips)} videos, encoder "
-              f"{size[0] / 1e6:.2f}M, decoder {size[1] / 1e6:.2f}M parameters, {cfg.tokens} tokens of {cfg.token_dim}")
-    bar = tqdm(total=cfg.steps, initial=step, desc="stage 1", unit="step", smoothing=0.05, disable=RANK > 0)
-    since, shown_at, stop, saved = time.perf_counter(), step, listen_for_stop(), True
-    bad, bad_d = torch.zeros(2, 2, device=device)                                   # skipped steps: all, in a row
-    for video, _ in batches(clips, cfg, step):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)                              # all noise of step s from (seed, s)
-        video = video.to(device, non_blocking=True)                                 # (B, T, 3, H, W), B of this rank
-        noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=device)[mine]              # (B, N, d)
-        gan, terms, pairs = cfg.gan_weight and step >= cfg.gan_start, {}, []
-        k = cfg.frames if gan else cfg.frames_per_step or cfg.frames                # the critic looks at whole clips
-        frame = torch.randperm(cfg.frames, device=device)[:k].sort()[0]             # (k,)
-        for group in opt.param_groups + (muon.param_groups if muon else []):
-            group["lr"] = learning_rate(step, cfg)
-        model.zero_grad(set_to_none=True)
-        for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
-            # 1. Encode, sample the tokens, decode k frames.
-            with amp:
-                recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), eps)
-            recon, target = recon.float(), clip[:, frame]                           # (B, k, 3, H, W) each
-            # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
-            mse, kl = F.mse_loss(recon, target), kl_divergence(mean, logvar)        # scalar, (B, N, d)
-            loss = mse + cfg.kl_weight * kl.sum((1, 2)).mean()
-            if cfg.edge_weight:
-                edge = edge_error(recon, target)
-                loss = loss + cfg.edge_weight * edge
-                add_up(terms, cfg.grad_accum, edge=edge)
-            with amp:
-                if cfg.lpips_weight and step >= cfg.lpips_start:
-                    # Enlarged to 64 where smaller: at 32 its last maps are 1 pixel, and a grid comes out (choice).
-                    pair = [F.interpolate(x.flatten(0, 1), max(64, cfg.resolution), mode="bilinear")
-                            for x in (recon, target)]                               # (B*k, 3, 64 or H, 64 or W) each
-                    close = perceptual(*pair).float().mean()
-                    loss = loss + cfg.lpips_weight * close
-                    add_up(terms, cfg.grad_accum, lpips=close)
-                if gan:
-                    critic.requires_grad_(False)
-                    fooled = F.softplus(-critic(recon.transpose(1, 2)).float()).mean()
-                    loss = loss + cfg.gan_weight * fooled
-                    add_up(terms, cfg.grad_accum, gan=fooled)
-            (loss / cfg.grad_accum).backward()
-            add_up(terms, cfg.grad_accum, loss=loss, mse=mse, kl_per_dim=kl.mean(), token_std=mean.std(),
-                   posterior_std=(logvar / 2).exp().mean())
-            pairs.append((target.transpose(1, 2), recon.detach().transpose(1, 2)))  # (B, 3, k, H, W) each
-        # 3. One optimizer step, then the averaged weights follow.
-        add_up(terms, 1, grad_norm=guarded_step(opt, model, cfg.clip, bad, muon))
-        update_ema(ema, model, cfg.ema, step)
-        # 4. Every few steps the critic learns to tell the two apart.
-        if gan and (step + 1) % cfg.gan_every == 0:                                 # logged steps among them
-            critic.requires_grad_(True)
-            r1 = cfg.r1_weight * 16 if step // cfg.gan_every % 16 == 0 else 0       # lazily, 16 times as strong
-            opt_d.zero_grad(set_to_none=True)
-            for real, fake in pairs:
-                with amp:
-                    loss_d, d_real, d_fake = critic_loss(critic, real, fake, r1)
-                (loss_d / cfg.grad_accum).backward()
-                add_up(terms, cfg.grad_accum, d_real=d_real, d_fake=d_fake)
-            for group in opt_d.param_groups:
-                group["lr"] = cfg.gan_lr_ratio * learning_rate(step, cfg)
-            guarded_step(opt_d, critic, math.inf, bad_d)
-        step += 1
-        bar.update()
-
-        if step % cfg.log_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
-            row = dict(step=step, **mean_over_ranks(terms), skipped=int(bad[0] + bad_d[0]),
-                       lr=opt.param_groups[0]["lr"],
-                       clips_per_s=cfg.batch * (step - shown_at) / (time.perf_counter() - since))
-            row["psnr"] = float(psnr_from_mse(row["mse"]))
-            if max(bad[1], bad_d[1]) >= 10:
-                names = names_of(clips, batch_keys(clips, cfg, step - 1))
-                raise SystemExit(not_finite(row, max(bad[1], bad_d[1]), names))
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                measure_batchnorm(ema, clips, cfg, device)
-                saved = save(path)                      # before anything that could still go wrong
-                if not RANK:
-                    row[name], psnr_in = evaluate(ema, eval_clips, path.with_name(f"step_{step:06d}.gif"))
-                    bar.write(f"step {step}: {name} {row[name]:.2f} dB, KL {row['kl_per_dim']:.2f} nats a channel")
-                    if cfg.degrade != "none":
-                        row["psnr_in"] = psnr_in
-                        bar.write(f"step {step}: psnr_in {psnr_in:.2f} dB, of the {cfg.degrade} clips that went in")
-                    if row[name] > best:
-                        best = row[name]
-                        save(path.with_name("best.pt"))
-                        saved = save(path)              # again: a run that goes on must know what to beat
-            bar.set_postfix(psnr=f"{row['psnr']:.1f}dB", kl=f"{row['kl_per_dim']:.2f}")
-            write_log(path.with_name("log.jsonl"), row)
-            since, shown_at = time.perf_counter(), step
-        heard = agree(stop[0] if stop else 0)
-        if heard:
-            save(path)                                  # at once, as whoever sent the signal may not wait
-            measure_batchnorm(ema, clips, cfg, device)
-            saved = save(path)
-            bar.close()
-            leave(step, path, heard, saved)
-    bar.close()
-    if not saved:
-        raise SystemExit(f"the last save of {path} failed: make room and give the same command again")
-    return path
+    return torch.stack([source[int(i), 0][0] for i in shown]), name     # (n, T, 3, H, W)
 
 
-def load_vae(path, device):
-    """The trained tokenizer: averaged weights, frozen, in evaluation mode, with .cfg, .classes and .step."""
-    ckpt = load_checkpoint(path, device, MADE_BY)
-    model = NeRVVAE(Config(**ckpt["config"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(ckpt["ema"])
-    model.classes, model.step = ckpt["classes"], ckpt["step"]
-    return model
+@torch.no_grad()
+def judge(model, clips, name, run):
+    """PSNR in dB of clips through their mean tokens, mean over frames, then clips; and a picture.
+
+    Rows of the picture: originals, what the encoder saw (if that is another thing), reconstructions, differences.
+    Shapes: clips (n, T, 3, H, W) in [-1, 1] -> {name: PSNR, and "psnr_in", that of damaged clips}
+    """
+    cfg = run.cfg
+    seen = degrade(clips, cfg.degrade)                                  # (n, T, 3, H, W)
+    share = (run.mine.stop - run.mine.start) // cfg.grad_accum  # as many as a training pass holds
+    recon = torch.cat([model.play(model.encode(some.to(run.device))[0]) for some in seen.split(share)])
+    found = {name: psnr(recon, clips).mean().item()}
+    rows = {"original": clips, "seen": seen, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
+    if cfg.degrade == "none":
+        del rows["seen"]
+    else:
+        found["psnr_in"] = psnr(seen, clips).mean().item()
+    columns = min(8, len(clips))
+    labels = [title for title in rows for _ in range(columns)]
+    picture = tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels)
+    run.write(save_video, run.out / f"step_{run.step:06d}.gif", picture)
+    return found
 
 
-def main(argv=None):
-    """Command line of stage 1. Returns the path of the checkpoint."""
-    return train(parse_config(Config, PRESETS, argv))
+def size_of(module):
+    """Parameters in millions, as text."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+FORMAT = 2              # counts changes of what the numbers in a checkpoint mean
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain Python beside `path`, flush, then rename: no crash leaves half a file.
+
+    A full or read-only disk is told in one line and not raised, as training can still outlive it; the checkpoint
+    before stays. Returns whether the file was written.
+    """
+    path = Path(path)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            torch.save({**state, "format": FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:        # torch turns a failed write into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        print(f"could not write {path} ({reason}); what was there stays", file=sys.stderr)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def load_checkpoint(path, device, made_by):
+    """The dict that save_checkpoint wrote, parsed as data: no code in the file is run, no size in it is believed.
+
+    Raises: SystemExit naming the command `made_by` where there is no file, or what is wrong with the file
+    """
+    if not Path(path).is_file():
+        raise SystemExit(f"no checkpoint at {path}; name one that is elsewhere (--vae, --dit), or make it with: "
+                         f"{made_by}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+            if not stored or archive.testzip():         # every member's checksum
+                raise ValueError("its checksums do not agree with its contents")
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        found = (ckpt["made_by"], ckpt.get("format", 1))
+    except PermissionError as error:
+        raise SystemExit(f"{path} may not be read ({error.strerror})") from error
+    except Exception as error:                          # a damaged archive raises nearly anything
+        raise SystemExit(f"{path} is not a checkpoint of ours, or is damaged ({type(error).__name__})") from error
+    if found[0] != made_by:
+        raise SystemExit(f"{path} was not made by {made_by}, but by {found[0]}")
+    if found[1] != FORMAT:
+        raise SystemExit(f"{path} is of an earlier revision, whose kernels were laid out otherwise; train again with "
+                         f"{made_by} --no-resume, or use the revision that made it")
+    return ckpt
+
+
+# ------------------------------------------------------------------------------------------------ what a run needs
+
+# A run may continue with other values of these; any other change would silently make it another experiment.
+HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile", "checkpointing",
+            "data_root", "sampler", "sample_steps", "guidance", "vae"}
+
+
+def pick_device(name="auto"):
+    """auto|cpu|cuda -> this rank's device. Denormal numbers are flushed to zero, as they are slow."""
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if ranks()[1] > 1 else 0)
+
+
+class Run:
+    """What both stages need around their method: device, ranks, folder, checkpoint, log, bar, signals, bad numbers.
+
+    It knows nothing of videos and tokens; `train` knows nothing of files and ranks. The order of calls: keep, resume,
+    start; then for every step add, update, finish_step, and where it is time save, means and log; leave_if_asked.
+    """
+
+    def __init__(self, cfg, made_by, title):
+        self.cfg = cfg
+        self.made_by = made_by
+        self.title = title
+        self.rank, self.world = ranks()
+        self.device = pick_device()
+        self.out = Path(cfg.out)
+        self.path = self.out / "ckpt.pt"
+        self.mine = self.share_of_batch()             # the slice of a batch that this rank works on
+        self.step = 0
+        self.kept = {}                            # what a checkpoint holds: networks and optimizers
+        self.facts = {}                                 # and plain Python
+        self.sums = {}                         # name -> [sum, count] since the last line of the log
+        self.bad = {}                                 # network -> (2,) skipped steps: all, in a row
+        self.batch_names = []                    # what to call the videos of this step in a message
+        self.heard = []                                 # signals
+        self.asked = 0
+        self.saved = True
+        self.memory = None
+
+    def share_of_batch(self):
+        cfg = self.cfg
+        if cfg.batch % (self.world * cfg.grad_accum):
+            raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times --grad-accum "
+                             f"{cfg.grad_accum}; --batch is what all of them do together in a step")
+        each = cfg.batch // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        try:
+            if self.world > 1 and not dist.is_initialized():
+                self.join_ranks()
+            if self.rank == 0:
+                self.stack.enter_context(claim(self.out))
+                self.clear_folder()
+            self.agree(0)
+        except BaseException:
+            self.stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.stack.close()                             # the folder's lock, signal handlers, the bar
+        if kind is KeyboardInterrupt:
+            print("stopped before the step ended; the last checkpoint stays", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        if self.world > 1 and dist.is_initialized():  # before Python shuts down: a gloo thread that frees its
+            dist.destroy_process_group()                # last tensor then aborts the run
+            time.sleep(0.5)
+
+    # ---- several processes
+
+    def join_ranks(self):
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+
+    def agree(self, numbers):
+        """The largest of all ranks' numbers (or of each in a list); all wait until all are here."""
+        value = torch.tensor(numbers)
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value.tolist()
+
+    @contextmanager
+    def first_rank_first(self):
+        """What rank 0 does in here (scan a folder, download weights) is there for the others when they do it."""
+        if self.rank:
+            self.agree(0)
+        yield
+        if not self.rank:
+            self.agree(0)
+
+    def wrap(self, model, compiled=True):
+        """The same weights, compiled and with gradients averaged over ranks. What is saved is `model` itself."""
+        if compiled and self.cfg.compile and self.device.type == "cuda":
+            model = torch.compile(model, dynamic=False)
+        if self.world > 1:
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+        return model
+
+    def autocast(self):
+        """bfloat16 where --bf16 asks for it and a GPU computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.cfg.bf16 and self.device.type == "cuda")
+
+    # ---- checkpoint
+
+    def clear_folder(self):
+        """Remove a save that was killed half-way; with --no-resume put the old run's files aside."""
+        try:
+            self.path.with_suffix(".part").unlink(missing_ok=True)
+            if not self.cfg.resume:
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+                if self.path.exists():
+                    os.replace(self.path, self.out / "ckpt.old.pt")
+        except OSError as error:
+            raise SystemExit(f"--out {self.out} cannot be written ({error.strerror}); choose another") from error
+
+    def keep(self, **things):
+        """What a checkpoint holds: networks and optimizers, or lists of them."""
+        self.kept.update(things)
+
+    def resume(self, **facts):
+        """Load the checkpoint of out, where there is one. `facts` go into every checkpoint.
+
+        Raises: SystemExit where the run would go on as another experiment: other settings, other facts
+        """
+        self.facts = facts
+        if self.path.exists():
+            ckpt = load_checkpoint(self.path, self.device, self.made_by)
+            self.refuse_changes(ckpt)
+            for name, thing in self.kept.items():
+                for one, state in zip(as_list(thing), as_list(ckpt[name])):
+                    one.load_state_dict(state)
+            self.step = ckpt["step"]
+        high, low = self.agree([self.step, -self.step])
+        if high != -low:
+            raise SystemExit(f"ranks found {self.path} at steps {-low} to {high}; --out must be one folder for all")
+
+    def refuse_changes(self, ckpt):
+        now = dataclasses.asdict(self.cfg)
+        differ = [f"--{name.replace('_', '-')} {was} (now {now.get(name)})" for name, was in ckpt["config"].items()
+                  if name not in HARMLESS and now.get(name) != was]
+        differ += [f"{name} {brief(ckpt.get(name))} (now {brief(fact)})" for name, fact in self.facts.items()
+                   if ckpt.get(name) != fact]
+        if differ:
+            raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another --out, or "
+                             "--no-resume")
+
+    def save(self):
+        """Write the checkpoint and the page of the run; only rank 0 does."""
+        if self.rank:
+            return
+        state = {name: [one.state_dict() for one in thing] if isinstance(thing, list) else thing.state_dict()
+                 for name, thing in self.kept.items()}
+        self.saved = save_checkpoint(self.path, dict(
+            **state, **self.facts, step=self.step, config=dataclasses.asdict(self.cfg), made_by=self.made_by))
+
+    # ---- steps
+
+    def start(self, what):
+        """Say what is trained, show a bar, and listen for signals from here on."""
+        if self.rank == 0:
+            others = f" and {self.world - 1} more" if self.world > 1 else ""
+            print(f"{self.title} on {self.device}{others}: {what}")
+            if self.step:
+                print(f"continuing {self.path} at step {self.step} of {self.cfg.steps}; --no-resume starts over")
+        bar = progress(total=self.cfg.steps, initial=self.step, desc=self.title, unit="step", smoothing=0.05,
+                       quiet=self.rank > 0)
+        self.bar = self.stack.enter_context(bar)
+        if threading.current_thread() is threading.main_thread():  # only it may have handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.stack.callback(signal.signal, number, signal.signal(number, self.note_signal))
+        self.since = time.perf_counter()
+        self.logged = self.step
+
+    def note_signal(self, number, _):
+        if self.heard and number == signal.SIGINT:
+            raise KeyboardInterrupt                     # Ctrl-C twice: do not wait for the step
+        self.heard.append(number)      # SIGTERM comes twice where a scheduler signals every process
+
+    def batches(self, clips, steps=None):
+        """This rank's share of the batch of every step. Shapes: -> (B, T, 3, H, W) on the device, in turn.
+
+        All random numbers of step s, these and those that follow in the step, come from (seed, s) alone.
+        """
+        training = steps is None
+        steps = range(self.step, self.cfg.steps) if training else steps
+        keys = (batch_keys(clips, self.cfg, step)[self.mine] for step in steps)
+        if self.cfg.in_memory and not self.cfg.overfit:
+            self.memory = self.memory or ClipsInMemory(clips, self.device)
+            loader = map(self.memory.batch, keys)
+        else:
+            loader = torch.utils.data.DataLoader(clips, batch_sampler=keys, num_workers=self.cfg.workers,
+                                                 pin_memory=self.device.type == "cuda")
+        for step, (video, _) in zip(steps, loader):
+            if training:
+                self.batch_names = names_of(clips, batch_keys(clips, self.cfg, step))
+                self.seed_step()
+            yield video.to(self.device, non_blocking=True)
+
+    def passes(self):
+        """This rank's rows of a batch, a slice for each pass."""
+        each = (self.mine.stop - self.mine.start) // self.cfg.grad_accum
+        return [slice(start, start + each) for start in range(self.mine.start, self.mine.stop, each)]
+
+    def send(self, x):
+        """To the device, from pinned memory, so that nothing waits for the GPU."""
+        if self.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
+    def seed_step(self):
+        """Make all noise of this step follow from (seed, step), so that a run that goes on is the same run."""
+        torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
+
+    def add(self, terms):
+        """Add scalars to their means since the last line of the log; tensors stay where they are, nothing waits."""
+        for name, value in terms.items():
+            entry = self.sums.setdefault(name, [0, 0])
+            entry[0] = entry[0] + value.detach().float()
+            entry[1] += 1
+
+    def update(self, model, opts, lr, limit=1.0):
+        """Clip gradients to norm `limit` (choice), then step; but skip the step where one is not finite.
+
+        AdamW never waits for the GPU: its fused form looks at found_inf itself, as it does for torch's gradient
+        scaler. Muon has no such form and waits. Returns {"grad_norm": norm}.
+        """
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        bad = (~norm.isfinite()).float()
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = lr
+            if isinstance(opt, torch.optim.AdamW):
+                opt.found_inf = bad
+                opt.step()
+            elif not bad:
+                opt.step()
+        counts = self.bad.setdefault(model, torch.zeros(2, device=self.device))
+        counts[0] += bad
+        counts[1] = (counts[1] + 1) * bad
+        self.lr = lr
+        return dict(grad_norm=norm)
+
+    def finish_step(self):
+        self.step += 1
+        self.bar.update()
+        self.asked = self.agree(self.heard[0] if self.heard else 0)
+        if self.asked:
+            self.save()                           # at once, as whoever sent the signal may not wait
+
+    def time_to_look(self):
+        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+
+    def time_to_save(self):
+        return self.time_to_look() or self.asked
+
+    def time_to_log(self):
+        return self.time_to_look() or self.step % self.cfg.log_every == 0
+
+    def means(self):
+        """Means since the last line, over ranks too, and clips a second: the only place that waits for the GPU.
+
+        Raises: SystemExit after ten skipped steps in a row, naming the last batch
+        """
+        means = torch.stack([total / count for total, count in self.sums.values()]).cpu()
+        if self.world > 1:
+            dist.all_reduce(means)
+        row = dict(step=self.step, **dict(zip(self.sums, (means / self.world).tolist())))
+        row["skipped"] = int(sum(counts[0] for counts in self.bad.values()))
+        row["lr"] = self.lr
+        row["clips_per_s"] = self.cfg.batch * (self.step - self.logged) / (time.perf_counter() - self.since)
+        in_a_row = int(max(counts[1] for counts in self.bad.values()))
+        if in_a_row >= min(10, self.cfg.steps):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "clips_per_s")
+            raise SystemExit(f"{in_a_row} steps in a row had a loss or gradient that is not a number, and were "
+                             f"skipped; stopped at {terms}; this batch: {', '.join(self.batch_names)}. The checkpoint, "
+                             "if there is one, is from before; lower --lr, or look at these")
+        self.sums = {}
+        self.logged = self.step
+        self.since = time.perf_counter()
+        return row
+
+    def log(self, row, shown):
+        """Append a line to log.jsonl, and show some of its numbers; only rank 0 does."""
+        if self.rank:
+            return
+        self.write(append_line, self.out / "log.jsonl", json.dumps(row) + "\n")
+        text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable or self.time_to_look():
+            self.bar.write(f"step {self.step} of {self.cfg.steps}: {text}")
+        if self.time_to_look():
+            self.write(write_page, self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
+
+    def write(self, function, path, what, *more):
+        """Write a picture, a page or a line; a full disk is told in one line and does not end the run."""
+        try:
+            function(path, what, *more)
+        except (OSError, SystemExit) as error:
+            print(f"could not write {path} ({error}); training goes on", file=sys.stderr)
+
+    def leave_if_asked(self):
+        """End the run where a signal asked to, or where its last save failed."""
+        if self.asked and not self.saved:
+            raise SystemExit(f"stopped at step {self.step}, and the save of {self.path} failed: it is from before")
+        if self.asked:
+            if self.rank == 0:
+                self.bar.write(f"stopped at step {self.step}; the same command continues {self.path}")
+            raise SystemExit(128 + self.asked)
+        if self.step == self.cfg.steps and not self.saved:
+            raise SystemExit(f"the last save of {self.path} failed: make room and give the same command again")
+
+
+def as_list(thing):
+    return thing if isinstance(thing, list) else [thing]
+
+
+def append_line(path, line):
+    with open(path, "a") as file:
+        file.write(line)
+
+
+def brief(fact):
+    """A fact in a message: a list by its first entries, a hash by its first digits."""
+    if isinstance(fact, list):
+        return f"{len(fact)} ({', '.join(map(str, fact[:8]))}{', ...' if len(fact) > 8 else ''})"
+    return str(fact)[:40]
+
+
+def batch_keys(clips, cfg, step):
+    """The (video, seed) pairs of a step: they follow from (cfg.seed, step) alone, for all ranks together."""
+    rng = np.random.default_rng([cfg.seed, step])
+    return [(int(rng.integers(len(clips))), int(rng.integers(2 ** 62))) for _ in range(cfg.batch)]
+
+
+def names_of(clips, keys):
+    """What to call the videos of a batch in a message."""
+    return [str(clips.files[i]) if clips.files else f"clip {i}" for i, _ in keys]
 
 
 if __name__ == "__main__":
