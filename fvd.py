@@ -332,12 +332,6 @@ class Meter:
             found["action similarity"] = action_similarity(video, self.features, window)
         return found
 
-    def of_noisy_clip(self, video):
-        """The same with noise of 0.05 (32 dB), drawn by the seed."""
-        rng = torch.Generator().manual_seed(self.cfg.seed)
-        noise = torch.randn(video.shape, generator=rng).to(video.device)
-        return self.of_clip(round_to_bytes(video + 0.05 * noise))
-
     def of_pair(self, real, fake):
         """Shapes: (B, T, 3, R, R) twice -> {name: (B, T)}."""
         found = dict(PSNR=psnr(real, fake), SSIM=ssim(real, fake))
@@ -500,7 +494,8 @@ def check_i3d(meter):
 class Side:
     """A dataset, and which of its clips are measured: up to n, one of each video, drawn by the seed.
 
-    Place k is the k-th clip drawn; place n + k is the same clip mirrored, which only --novelty asks for.
+    Place k is the k-th of the n clips drawn. For --novelty, place n + k is the same clip mirrored, and 2n + k with
+    noise of 0.05, 32 dB.
     """
 
     def __init__(self, dataset, cfg):
@@ -517,10 +512,13 @@ class Side:
         """Clips on the levels of bytes. Shapes: (b,) -> (b, T, 3, R, R)."""
         clips = []
         for place in places:
-            i = int(self.numbers[place % len(self)])
+            change, k = divmod(int(place), len(self))
+            i = int(self.numbers[k])
             clip, _ = self.dataset[i, [self.cfg.seed, i]]
-            if place >= len(self):
+            if change == 1:
                 clip = clip.flip(-1)
+            if change == 2:
+                clip = clip + 0.05 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(i))
             clips.append(clip[:self.cfg.frames])
         return round_to_bytes(torch.stack(clips))
 
@@ -672,7 +670,7 @@ def look_for_copies(real, fake, of_real, of_fake, meter):
         if len(held_out):
             few = range(len(held_out))[:256]
             sets["real, held out"] = meter.measure(meter.of_clip, few, held_out)
-    sets["training, with noise"] = meter.measure(meter.of_noisy_clip, range(n)[:256], real)
+    sets["training, with noise"] = meter.measure(meter.of_clip, range(2 * n, 3 * n)[:256], real)
     video = real.sources().repeat(2)                                    # (2n,)
     table = {}
     nearest = {}
@@ -736,8 +734,7 @@ def open_tokens(path):
     """A token cache of nerv_dit.py: the memory map (M, 2 or 3, N, d) and the video (M,) that each row is from."""
     try:
         cache = np.load(path, mmap_mode="r")
-        about = json.loads(Path(path).with_suffix(".json").read_text())
-        video = np.array(about.get("about", about)["videos"])
+        video = np.array(json.loads(Path(path).with_suffix(".json").read_text())["videos"])
         if cache.dtype != np.float16 or cache.ndim != 4 or cache.shape[1] not in (2, 3):
             raise ValueError(f"it holds {cache.dtype} {cache.shape}")
         if video.shape != cache.shape[:1] or video.min() < 0:
@@ -768,6 +765,18 @@ def report(path, rows, copies, picture, protocol):
 
     rows {name: (value, note)}, copies {what: `novelty`}, picture (T, 3, H, W) or None, protocol {name: value}
     """
+    try:
+        show(rows, copies, protocol)
+    finally:                                            # also where somebody closed the pipe: | head
+        results = {name: dict(value=float(value), note=note) for name, (value, note) in rows.items()}
+        written = dict(results=results, novelty=copies, protocol=protocol)
+        write_file(path, json.dumps(written, indent=1).encode())
+    if picture is not None:
+        save_video(path.with_suffix(".gif"), picture)
+
+
+def show(rows, copies, protocol):
+    """Print the tables and the protocol."""
     for name, (value, note) in rows.items():
         print(f"{name:<24}{value:>12.5g}   {note}")
     if copies:
@@ -779,11 +788,6 @@ def report(path, rows, copies, picture, protocol):
         if isinstance(value, Counter):
             value = f"{len(value)} classes, {min(value.values())} to {max(value.values())} clips each"
         print(f"  {key:<20}{value}")
-    results = {name: dict(value=float(value), note=note) for name, (value, note) in rows.items()}
-    written = dict(results=results, novelty=copies, protocol=protocol)
-    write_file(path, json.dumps(written, indent=1).encode())
-    if picture is not None:
-        save_video(path.with_suffix(".gif"), picture)
 
 
 if __name__ == "__main__":
