@@ -325,8 +325,8 @@ class Discriminator(nn.Module):
         self.stem = conv3d(3, widths[0])
         self.blocks = nn.ModuleList()
         for c, wider in zip(widths, widths[1:]):
-            side = nn.Conv3d(c, wider, 1, bias=False)
-            self.blocks.append(nn.ModuleDict(dict(a=conv3d(c, c), b=conv3d(c, wider), side=side)))
+            block = dict(a=conv3d(c, c), b=conv3d(c, wider), side=nn.Conv3d(c, wider, 1, bias=False))
+            self.blocks.append(nn.ModuleDict(block))
             size = [math.ceil(n / 2) for n in size]
         self.last = conv3d(widths[-1], widths[-1])
         self.fc = nn.Linear(widths[-1] * math.prod(size), widths[-1])
