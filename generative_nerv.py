@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 NERV_WIDTHS = {"S": 128, "B": 256, "L": 512}            # D (paper A.2)
 PE_DIM = 16             # sines and cosines for each of time, height and width (paper A.2)
-PE_BASE = 10.0          # the slowest sine is nearly this many times slower than the fastest (choice)
+PE_BASE = 10.0          # the slowest sine is nearly this many times slower than the fastest: choice
 
 
 # ---------------------------------------------------------------------------------------------- Table A1
@@ -95,8 +95,8 @@ def count_doublings(cfg):
     """How often pe_size is doubled to reach the resolution. Raises SystemExit where it never does."""
     levels = (cfg.resolution // max(cfg.pe_size, 1)).bit_length() - 1
     if levels < 1 or cfg.pe_size << levels != cfg.resolution:
-        raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, ...; "
-                         "change --resolution or --pe-size")
+        raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, "
+                         "...; change --resolution or --pe-size")
     return levels
 
 
@@ -124,7 +124,8 @@ def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):
              asked for. At 1 a cell, 8 neighbours look so alike that UCF-101 clips lose 0.7 dB after 600 steps
     """
     cell = math.pi * torch.arange(size, device=frame.device)
-    t = sinusoids(frame, dim, base)[:, :, None, None].expand(-1, -1, size, size)  # (T, dim, size, size)
+    t = sinusoids(frame, dim, base)[:, :, None, None]                   # (T, dim, 1, 1)
+    t = t.expand(-1, -1, size, size)                                    # (T, dim, size, size)
     y = sinusoids(cell, dim, base).T[None, :, :, None].expand_as(t)
     x = sinusoids(cell, dim, base).T[None, :, None, :].expand_as(t)
     return torch.cat([t, y, x], 1)                                      # (T, 3*dim, size, size)
@@ -178,9 +179,10 @@ class ModulatedConv2d(nn.Module):
     def modulate(self, tokens):
         """The kernel of each video before it is normalised. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
         kind, c_in, c_out, k, grid, size, gen_in, gen_out, _ = self.layer
+        shared = self.shared.view(c_out, c_in, k, k)
         block = self.generated(tokens).view(-1, gen_out, gen_in, k, k)  # (B, gen_out, gen_in, k, k)
-        block = F.pad(block, (0, 0, 0, 0, 0, c_in - gen_in, 0, c_out - gen_out))  # (B, c_out, c_in, k, k)
-        return self.shared.view(c_out, c_in, k, k) + block
+        missing = (0, 0, 0, 0, 0, c_in - gen_in, 0, c_out - gen_out)  # from the last axis to the first
+        return shared + F.pad(block, missing)                           # (B, c_out, c_in, k, k)
 
     def kernel(self, tokens):
         """The kernel of each video. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
@@ -277,7 +279,10 @@ class GenerativeNeRV(nn.Module):
             self.convs = nn.ModuleList(ModulatedConv2d(layer, cfg) for layer in self.layers)
         else:
             self.convs = ablated_convs(self.layers, cfg)  # Tables 2a, 2b; NeRV-Enc
-        self.register_buffer("used", used_numbers(self.convs, cfg), persistent=False)  # (N, d): all, but in NeRV-Enc
+        used = torch.zeros(cfg.tokens, cfg.token_dim, dtype=torch.bool)  # (N, d): all, but in NeRV-Enc
+        for conv in self.convs:
+            used[conv.rows, :conv.columns] = True
+        self.register_buffer("used", used, persistent=False)
 
     def forward(self, tokens, frame):
         x = embed(frame, self.cfg, self.layers)                         # (T, 48, h, w)
@@ -339,27 +344,35 @@ def flops(layer):
 
 def main(argv=None):
     """Print Table A1 for a width and a resolution, layer by layer."""
-    parser = argparse.ArgumentParser(description="Table A1 of the paper: the layers of the decoder.")
-    parser.add_argument("--model", default="S", help="S, B, L or a number of channels (default: S)")
-    parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels (default: 128)")
-    parser.add_argument("--gen-channels", type=int, default=64, help="inputs and outputs of a generated block; "
-                        "the 256 x 256 preset takes 80 (default: 64)")
+    parser = argparse.ArgumentParser(
+        description="Table A1 of the paper: the layers of the decoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="S", help="S, B, L or a number of channels")
+    parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels")
+    parser.add_argument("--gen-channels", type=int, default=64,
+                        help="inputs and outputs of a generated block; the 256 x 256 preset takes 80")
     args = parser.parse_args(argv)
     cfg = SimpleNamespace(**vars(args), pe_size=8, upsample="transposed", side="residual")
     plan = layer_plan(cfg)
     row = "{:<12} {:>16} {:>18} {:>18} {:>11} {:>12}"
-    print(row.format("layer", "feature map", "kernel in, out", "generated in, out", "parameters", "GFLOP/frame"))
+    print(row.format("layer", "feature map", "kernel in, out", "generated in, out", "parameters",
+                     "GFLOP/frame"))
+    total = 0
+    made = 0
     for layer in plan:
         k = layer.k
         numel = layer.c_in * layer.c_out * k ** 2
-        print(row.format(layer.kind, f"[{layer.c_out}, {layer.size}, {layer.size}]",
-                         f"[{layer.c_in}, {layer.c_out}, {k}, {k}]", f"[{layer.gen_in}, {layer.gen_out}, {k}, {k}]",
-                         f"{numel:,}", f"{flops(layer) / 1e9:.3f}"))
-    total = sum(layer.c_in * layer.c_out * layer.k ** 2 for layer in plan)
-    made = sum(layer.gen_in * layer.gen_out * layer.k ** 2 for layer in plan)
+        total += numel
+        made += layer.gen_in * layer.gen_out * k ** 2
+        print(row.format(layer.kind,
+                         f"[{layer.c_out}, {layer.size}, {layer.size}]",
+                         f"[{layer.c_in}, {layer.c_out}, {k}, {k}]",
+                         f"[{layer.gen_in}, {layer.gen_out}, {k}, {k}]",
+                         f"{numel:,}",
+                         f"{flops(layer) / 1e9:.3f}"))
     tflop = 16 * sum(flops(layer) for layer in plan) / 1e12
-    print(f"kernels {total / 1e6:.3f}M, of which generated for each video {made / 1e6:.3f}M ({made / total:.1%}); "
-          f"{tflop:.3f} TFLOP for 16 frames")
+    print(f"kernels {total / 1e6:.3f}M, of which generated for each video {made / 1e6:.3f}M "
+          f"({made / total:.1%}); {tflop:.3f} TFLOP for 16 frames")
 
 
 # ==================================================================================================================
@@ -377,7 +390,8 @@ def ablated_plan(plan, cfg):
         if layer.kind == "transposed" and cfg.upsample == "bilinear":
             layer = layer._replace(kind="bilinear", k=3, grid=layer.size)
         elif layer.kind == "transposed" and cfg.upsample == "pixelshuffle":
-            layer = layer._replace(kind="conv", k=3, c_out=4 * layer.c_out, gen_out=4 * layer.gen_out)
+            layer = layer._replace(kind="conv", k=3, c_out=4 * layer.c_out,
+                                   gen_out=4 * layer.gen_out)
         if layer.kind == "rgb" and cfg.side == "skip":
             continue
         rows.append(layer)
@@ -390,17 +404,14 @@ def ablated_plan(plan, cfg):
 def render_otherwise(layers, convs, x, side):
     """render without a residual: plain, or with the outputs of all sizes summed ("skip"). Shapes: as render."""
     rgb = None
-    for layer, conv in zip(layers[:-1], convs[:-1]):
+    for layer, conv in zip(layers, convs):
         if layer.kind != "rgb":
             x = F.gelu(conv(x))                                         # (T, c, size, size)
         elif rgb is None:
             rgb = conv(x)                                               # (T, 3, size, size)
         else:
             rgb = conv(x) + enlarge(rgb, 3)
-    last = convs[-1](x)                                                 # (T, 3, H, W)
-    if rgb is not None:
-        last = last + enlarge(rgb, 3)
-    return last.tanh()
+    return rgb.tanh()                                                   # (T, 3, H, W)
 
 
 # --------------------------------------------- Table 2a: how tokens enter a kernel; Table 2b: which layer reads which
@@ -422,8 +433,9 @@ class FMMConv2d(ModulatedConv2d):
     def modulate(self, tokens):
         _, c_in, c_out, k, *_ = self.layer
         left, right = self.generated(tokens).split([self.rank * c_out, self.rank * c_in], 1)
-        product = left.view(-1, c_out, self.rank) @ right.view(-1, self.rank, c_in)  # (B, c_out, c_in)
-        factor = 1 + product / math.sqrt(self.rank)
+        left = left.view(-1, c_out, self.rank)
+        right = right.view(-1, self.rank, c_in)
+        factor = 1 + left @ right / math.sqrt(self.rank)                # (B, c_out, c_in)
         return factor[..., None, None] * self.shared.view(c_out, c_in, k, k)
 
 
@@ -484,7 +496,8 @@ def ablated_convs(plan, cfg):
     if cfg.layer_tokens:
         return own_tokens(kind, plan, cfg, *layer_token_slices(cfg, len(plan)))
     if cfg.reuse == "none":
-        return own_tokens(kind, plan, cfg, rows_by_block_size(cfg, plan), [cfg.token_dim] * len(plan))
+        all_columns = [cfg.token_dim] * len(plan)
+        return own_tokens(kind, plan, cfg, rows_by_block_size(cfg, plan), all_columns)
     convs = nn.ModuleList(kind(layer, cfg) for layer in plan)
     if cfg.reuse == "direct":                  # choice: one head, every layer reads the same values
         if cfg.parameterization != "channel":
@@ -518,14 +531,6 @@ def rows_by_block_size(cfg, plan):
     return [slice(start, end) for start, end in zip([0] + ends, ends)]
 
 
-def used_numbers(convs, cfg):
-    """Which numbers of the tokens some layer reads. Shapes: -> (N, d) bool."""
-    used = torch.zeros(cfg.tokens, cfg.token_dim, dtype=torch.bool)
-    for conv in convs:
-        used[conv.rows, :conv.columns] = True
-    return used
-
-
 # ---------------------------------------------------------------------------------------------- NeRV-Enc
 
 def nerv_dec_plan(cfg):
@@ -535,9 +540,11 @@ def nerv_dec_plan(cfg):
             the appendix leaves out; with them its tokens (4 x 256, 128 x 144, 64 x 288) are exactly a quarter of each
             kernel, so that repeating every number four times fills it
     """
-    if (cfg.pe_size, cfg.resolution, cfg.side) != (1, 256, "none") or cfg.parameterization == "channel":
-        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without side paths; "
-                         "use --pe-size 1 --resolution 256 --side none --parameterization repeat")
+    sizes = (cfg.pe_size, cfg.resolution)
+    if sizes != (1, 256) or cfg.side != "none" or cfg.parameterization == "channel":
+        raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without "
+                         "side paths; use --pe-size 1 --resolution 256 --side none "
+                         "--parameterization repeat")
     widths = [PE_DIM, 16, 32, 16, 3]
     plan = []
     for i, (kind, k) in enumerate([("stem", 1), ("conv", 3), ("conv", 3), ("rgb", 3)]):
@@ -559,8 +566,8 @@ def layer_token_slices(cfg, layers):
     except ValueError as error:
         raise SystemExit(f"--layer-tokens {cfg.layer_tokens} is not like 4x256,128x144,0x0") from error
     if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
-        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, --tokens {sum(counts)} and "
-                         f"--token-dim {max(columns)}")
+        raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, "
+                         f"--tokens {sum(counts)} and --token-dim {max(columns)}")
     ends = [sum(counts[:i + 1]) for i in range(layers)]
     return [slice(end - count, end) for end, count in zip(ends, counts)], columns
 
