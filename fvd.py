@@ -1,17 +1,18 @@
 """FVD and its company, every number printed with the protocol behind it.
 
-    python fvd.py --real UCF-101 --fake out/samples                  # FVD at 2048 clips a side
-    python fvd.py --real out/rec --fake out/rec                      # of sample.py --reconstruct: rFVD, PSNR, SSIM, ..
-    python fvd.py --real UCF-101 --fake out/long --frames 128 --action-similarity 16        # Tables A9, A10
-    python fvd.py --dataset k600 --real k600/val --fake out/k600     # shrunk to 64 x 64 pixels before the features
-    python fvd.py --real toy --fake out/samples --features random    # offline: FD-random, which is not FVD
-    python fvd.py --tokens out/vae/tokens-KEY.npy                    # is the latent Gaussian, dead, clustered?
-    python fvd.py --real toy --fake out/samples --features random --n 16384 --novelty 8 \\
-                  --tokens out/vae/tokens-KEY.npy                    # are the samples new, or remembered?
+    python fvd.py --real UCF-101 --fake out/samples                 # FVD at 2048 clips a side
+    python fvd.py --real out/rec --fake out/rec                     # sample.py --reconstruct's pair: rFVD, PSNR
+    python fvd.py --real UCF-101 --fake out/long --frames 128 --action-similarity 16    # Tables A9, A10
+    python fvd.py --dataset k600 --real k600/val --fake out/k600    # features of 64 x 64 pixels
+    python fvd.py --real toy --fake out/samples --features random   # offline: FD-random, which is not FVD
+    python fvd.py --tokens out/vae/tokens-KEY.npy                   # is the latent Gaussian, dead, clustered?
+    python fvd.py --real toy --fake out/samples --features random --n 16384 \\
+        --novelty 8 --tokens out/vae/tokens-KEY.npy                 # are the samples new, or remembered?
 
-Both sides go one way: clips, rounded to bytes -> network -> features (n, d), kept -> every statistic of them.
-A folder that sample.py wrote is read through its clips on disk, samples.npy, never through its mp4 and pictures.
-Letters: B videos (B, T, 3, R, R) in [-1, 1], T frames, R = H = W pixels, n and m clips of a side, d features of a clip.
+Both sides go one way: clips, rounded to bytes -> network -> features (n, d), kept -> every statistic.
+A folder that sample.py wrote is read through its clips on disk, samples.npy, never through its mp4.
+Letters: B videos (B, T, 3, R, R) in [-1, 1], T frames, R = H = W pixels, n and m clips of a side,
+         d features of a clip.
 """
 import json
 import re
@@ -48,10 +49,10 @@ class Config:
     i3d: str = ""                   # path of i3d_torchscript.pt where it cannot be downloaded
     c3d: str = ""                   # path of StyleGAN-V's c3d_ucf101.pt: adds C3D's Inception Score
     fvd_resolution: int = 0         # 0..: size of clips just before the features; 0 leaves them
-    novelty: int = 0                # 0..64: new or remembered? with a picture of so many closest pairs
-    paired: bool = False            # PSNR, SSIM, LPIPS of clip i against clip i; on for --reconstruct
+    novelty: int = 0                # 0..64: new or remembered? and a picture of so many pairs
+    paired: bool = False            # PSNR, SSIM, LPIPS of clip i with clip i; on for --reconstruct
     lpips_net: str = "auto"         # auto|alex|vgg|squeeze|none: auto is alex for a pair (choice)
-    action_similarity: int = 0      # 0..: frames of the windows of a clip whose features are compared
+    action_similarity: int = 0      # 0..: frames of a window; cosine between a clip's windows
     tokens: str = ""                # cache of nerv_dit.py: statistics of the latent, and --novelty
     batch: int = 16                 # 1..: B, clips that go through a network at a time
     out: str = "out/fvd.json"       # results; a picture and the index of a folder go beside it
@@ -61,19 +62,22 @@ class Config:
 PRESETS = {"any": {}, "k600": dict(fvd_resolution=64)}
 
 
-# ---------------------------------------------------------------------------------------------- distances
+# ------------------------------------------------------------------------------------------ distances
 
 def frechet_distance(a, b):
-    """Squared distance between Gaussians fitted to two sets of features; biased upward by about c (1/n + 1/m).
+    """Squared distance between Gaussians fitted to two sets of features.
+
+    It is biased upward by about c (1/n + 1/m).
 
     Shapes:  a (n, d), b (m, d) -> float
     Raises:  ValueError for fewer than 2 rows, unequal widths or values that are not finite
     Source:  paper (Sec. 4.1), FVD of arXiv 1812.01717
-             choice (not said): float64 and singular values, as float32 and matrix roots miss by whole tenths
+             choice (not said): float64 and singular values; float32 and matrix roots miss by tenths
     """
     finite = a.isfinite().all() and b.isfinite().all()
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1] or not finite:
-        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows, one width, finite values")
+        raise ValueError(f"features {tuple(a.shape)}, {tuple(b.shape)}: need 2 rows, one width, "
+                         "finite values")
     a = a.double()
     b = b.double()
     root_a = covariance_root(a)
@@ -101,8 +105,9 @@ def inception_score(probabilities):
 
 
 def ssim(a, b):
-    """Structural similarity of each frame, 1 where equal. Shapes: (..., T, 3, H, W) in [-1, 1], twice -> (..., T).
+    """Structural similarity of each frame, 1 where equal.
 
+    Shapes:  a and b (..., T, 3, H, W) in [-1, 1] -> (..., T)
     Source:  paper (Table A4), SSIM of Wang et al. 2004
              choice (not said): no padding, mean over red, green and blue
     """
@@ -118,7 +123,7 @@ def ssim(a, b):
 
 
 def blur(x):
-    """SSIM's Gaussian window of 11 x 11, sigma 1.5, no padding. Shapes: (n, 3, H, W) -> (n, 3, H - 10, W - 10)."""
+    """SSIM's Gaussian window: 11 x 11, sigma 1.5. Shapes: (n, 3, H, W) -> (n, 3, H - 10, W - 10)."""
     offset = torch.arange(11, device=x.device, dtype=x.dtype) - 5
     window = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
@@ -127,18 +132,18 @@ def blur(x):
 
 
 def lpips_distance(a, b, net):
-    """Perceptual distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) twice -> (..., T)."""
+    """Distance of each frame by an lpips.LPIPS network. Shapes: (..., T, 3, H, W) twice -> (..., T)."""
     return net(a.flatten(0, -4), b.flatten(0, -4)).view(a.shape[:-3])
 
 
-# ---------------------------------------------------------------------------------------------- features of a clip
+# ------------------------------------------------------------------------------------------ features of a clip
 
 def random_features(video):
     """Three fixed random 3-D convolutions, averaged over the clip. Shapes: (B, T, 3, R, R) -> (B, 400).
 
-    Source:  choice (not said): kernels without mean, or brightness drowns all else; every other one sees change
-             over time alone, four times as strong, as motion is faint; the logarithm brings loud and quiet features to
-             one scale
+    Source:  choice (not said): kernels without mean, or brightness drowns all else; every other one
+             sees change over time alone, four times as strong, as motion is faint; the logarithm
+             brings loud and quiet features to one scale
     """
     rng = torch.Generator().manual_seed(0)
     x = video.transpose(1, 2)                                           # (B, 3, T, R, R)
@@ -162,8 +167,8 @@ def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
     Source:  paper (E.6, Table A10)
-             departs (E.6 takes all windows, and C3D): ours overlap by half, as neighbours are nearly equal, and
-             the features are those of --features, as the public C3D gives probabilities only
+             departs (E.6 takes all windows, and C3D): ours overlap by half, as neighbours are nearly
+             equal, and the features are those of --features, as the public C3D gives probabilities
     """
     unit = []
     for part in video.unfold(1, window, max(1, window // 2)).unbind(1):
@@ -174,14 +179,14 @@ def action_similarity(video, features, window):
     return (total - w) / (w * (w - 1))
 
 
-# ---------------------------------------------------------------------------------------------- new or remembered?
+# ------------------------------------------------------------------------------------------ new or remembered?
 
 def nearest_two(x, bank, video, own=None, width=1.0):
     """How far each clip is from its nearest training clip, and from the nearest one of any other video.
 
-    Mirrored or cut elsewhere, clips of one video resemble each other: the second must come from another one.
-    Shapes:  x (n, ...), bank (M, ...), video (M,) that a clip of the bank is from, own (n,) a video to leave out
-             -> first (n,), second (n,), place of the first in the bank (n,)
+    Mirrored or cut elsewhere, clips of one video resemble each other, so the second is another's.
+    Shapes:  x (n, ...), bank (M, ...), video (M,) that a clip of the bank is from, own (n,) a video
+             to leave out -> first (n,), second (n,), place of the first in the bank (n,)
     Units:   differences are counted in `width`
     Raises:  ValueError where there is no other video
     """
@@ -202,10 +207,11 @@ def nearest_two(x, bank, video, own=None, width=1.0):
 
 
 def novelty(first, second):
-    """Medians of both distances and of their ratio, and the share of copies. Shapes: (n,), (n,) -> {name: float}.
+    """Medians of both distances and of their ratio, and the share of copies. (n,), (n,) -> {name: float}.
 
-    Source:  choice (not said): a copy has first < second / 3, as in arXiv 2310.02664. What a tokenizer blurs may
-             miss its third, so the ratio stands beside it, to be read between the two ends of the scale
+    Source:  choice (not said): a copy has first < second / 3, as in arXiv 2310.02664. What a
+             tokenizer blurs may miss its third, so the ratio stands beside the share, to be read
+             between the two ends of the scale
     """
     ratio = first / second.clamp(min=1e-12)
     return dict(
@@ -216,15 +222,16 @@ def novelty(first, second):
     )
 
 
-# ---------------------------------------------------------------------------------------------- weight tokens
+# ------------------------------------------------------------------------------------------ weight tokens
 
 def token_statistics(cache, video, seed):
-    """Is the latent Gaussian, is a part of it dead, do clips of one video lie together? Returns {name: (value, note)}.
+    """Is the latent Gaussian, is a part of it dead, do clips of one video lie together?
 
+    Returns {name: (value, note)}
     Shapes:  cache (M, 2 or 3, N, d): mean, log-variance; video (M,) that a row is from
     Source:  paper (Tables A11, A13)
-             choice (not said): 2048 rows, all values of the tokens as stage 2 draws them; a dimension is dead
-             where its mean varies by less than 0.01 over clips (arXiv 1509.00519)
+             choice (not said): 2048 rows, all values of the tokens as stage 2 draws them; a dimension
+             is dead where its mean varies by less than 0.01 over clips (arXiv 1509.00519)
              departs (A11 also crops at random in space): the cache holds what stage 2 learns from
     """
     rng = np.random.default_rng(seed)
@@ -255,7 +262,7 @@ def token_statistics(cache, video, seed):
 
 
 def draw_tokens(cache, rows, seed):
-    """Mean, log-variance and one draw of the posterior for some rows of a cache. Shapes: -> three of (b, N, d)."""
+    """Mean, log-variance and a draw of the posterior for some rows of a cache. -> three of (b, N, d)."""
     mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
     if not (mean.isfinite().all() and logvar.isfinite().all()):
         raise ValueError("the token cache holds values that are not finite; make it anew")
@@ -279,7 +286,10 @@ def kmeans(x, k, seed):
 
 
 def purity_and_nmi(cluster, source):
-    """Share of rows in their cluster's commonest source; mutual information over mean entropy. (n,), (n,) -> floats."""
+    """Share of rows in their cluster's commonest source; mutual information over mean entropy.
+
+    Shapes:  cluster (n,), source (n,) -> two floats
+    """
     joint = F.one_hot(cluster).T.double() @ F.one_hot(source).double() / len(source)
     entropies = entropy(joint.sum(0)) + entropy(joint.sum(1))
     information = entropies - entropy(joint)
@@ -291,7 +301,7 @@ def entropy(p):
     return -torch.xlogy(p, p).sum().item()
 
 
-# ---------------------------------------------------------------------------------------------- the measurement
+# ------------------------------------------------------------------------------------------ the measurement
 
 class Meter:
     """What is asked of a clip and of a pair of clips, and the networks that answer."""
@@ -311,14 +321,15 @@ class Meter:
         """Shapes: (B, T, 3, R, R) -> (B, d)."""
         size = self.cfg.fvd_resolution
         if size:
-            frames = F.interpolate(video.flatten(0, 1), (size, size), mode="bilinear", antialias=True)
-            video = round_to_bytes(frames).unflatten(0, video.shape[:2])            # (B, T, 3, r, r)
+            frames = video.flatten(0, 1)                                # (B * T, 3, R, R)
+            frames = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
+            video = round_to_bytes(frames).unflatten(0, video.shape[:2])
         return self.network(video)
 
     def of_clip(self, video):
         """All that a clip says by itself. Shapes: (B, T, 3, R, R) -> {name: (B, k)}.
 
-        Source:  choice (not said): the pixels of --novelty are means of 4 x 8 x 8 cells, the picture of a clip
+        Source:  choice (not said): the pixels of --novelty are means of 4 x 8 x 8 cells of a clip
         """
         found = dict(features=self.features(video))
         found["pixels"] = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8)).flatten(1)
@@ -340,14 +351,14 @@ class Meter:
         return found
 
     def measure(self, function, places, *sides):
-        """Read the sides in step, in batches, and keep what the function says of them. Returns {name: (n, k)}."""
+        """Read the sides in step, in batches; keep what the function says. Returns {name: (n, k)}."""
         kept = {}
         batch = self.cfg.batch
         for start in progress(range(0, len(places), batch), desc="clips", unit="batch"):
             rows = slice(start, start + batch)
             videos = [side.read(places[rows]).to(self.device) for side in sides]
             for name, value in function(*videos).items():
-                # Filled in place: small tensors that stay between large ones that go would keep the memory growing.
+                # In place: small tensors that stay between large ones that go make memory grow.
                 if name not in kept:
                     kept[name] = torch.empty(len(places), value.shape[1])
                 kept[name][rows] = value
@@ -386,8 +397,8 @@ def main(argv=None):
     cfg = parse_config(Config, PRESETS, argv)
     if bool(cfg.real) != bool(cfg.fake) or not (cfg.real or cfg.tokens):
         raise SystemExit("nothing to measure: give both --real A and --fake B, or --tokens PATH")
-    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # lpips's; torch has to mend them
-    torch.set_float32_matmul_precision("highest")       # TF32 would move the numbers from card to card
+    warnings.filterwarnings("ignore", module=r"torch(vision)?\.")       # lpips causes them
+    torch.set_float32_matmul_precision("highest")       # TF32 moves the numbers from card to card
     torch.backends.cudnn.allow_tf32 = False
     found = dict(rows={}, copies={}, picture=None, protocol=dict(tokens=cfg.tokens, seed=cfg.seed))
     token_rows = {}
@@ -396,7 +407,7 @@ def main(argv=None):
             token_rows = token_statistics(*open_tokens(cfg.tokens), cfg.seed)
         if cfg.real:
             found = compare(cfg)
-    except (RuntimeError, TypeError, ValueError) as error:      # clips that a network refuses, memory that is full
+    except (RuntimeError, TypeError, ValueError) as error:      # of a network, or memory is full
         reason = str(error).strip().split("\n")[-1]
         raise SystemExit(f"not measured: {reason} (short of memory? lower --batch)") from error
     found["rows"].update(token_rows)
@@ -404,7 +415,7 @@ def main(argv=None):
     return Path(cfg.out)
 
 
-# ---------------------------------------------------------------------------------------------- The method ends here
+# ------------------------------------------------------------------------------------------ The method ends here
 # Below: loading networks, opening and reading the sides, tables, the protocol.
 
 I3D_URLS = (
@@ -444,17 +455,17 @@ def load_features(cfg, device):
 
 
 def load_i3d(path="", device="cpu"):
-    """The I3D of published FVDs: logits of Kinetics-400, averaged over time, from StyleGAN-V's TorchScript.
+    """The I3D of published FVDs: logits of Kinetics-400, averaged over time, as TorchScript.
 
     Shapes:  -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, 400), for T >= 10
     Raises:  SystemExit where the file is missing and cannot be downloaded, or has another sha256
-    Source:  choice (not said): called as StyleGAN-V does: bytes in, rescaled and resized to 224 x 224 inside
+    Source:  choice (not said): called as StyleGAN-V does: bytes, brought to 224 x 224 inside
     """
     file = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / "i3d_torchscript.pt")
     for url in I3D_URLS:
         if path or file.exists():
             break
-        try:                                            # to a temporary name, which is renamed when the hash fits
+        try:                        # to a temporary name, which is renamed when the hash fits
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), hash_prefix=I3D_SHA256)
         except (OSError, RuntimeError) as error:
@@ -471,7 +482,7 @@ def load_i3d(path="", device="cpu"):
 
 
 def load_torchscript(path, device, want=None):
-    """A TorchScript network and its sha256, checked before the file is opened, because opening it runs its code."""
+    """A TorchScript network and its sha256, checked before it is opened: opening runs its code."""
     try:
         sha256 = file_hash(path)
         if want in (None, sha256):
@@ -483,19 +494,19 @@ def load_torchscript(path, device, want=None):
 
 
 def check_i3d(meter):
-    """Squared distance between the features of black and of white clips: the right network, fed the right range?"""
+    """Squared distance between features of black and of white clips: right network, right range?"""
     clips = torch.tensor([-1.0, 1.0], device=meter.device).view(2, 1, 1, 1, 1)
     black, white = meter.network(clips.expand(2, 30, 3, 64, 64))
     return (black - white).square().sum()
 
 
-# ---------------------------------------------------------------------------------------------- the two sides
+# ------------------------------------------------------------------------------------------ the two sides
 
 class Side:
     """A dataset, and which of its clips are measured: up to n, one of each video, drawn by the seed.
 
-    Place k is the k-th of the n clips drawn. For --novelty, place n + k is the same clip mirrored, and 2n + k with
-    noise of 0.05, 32 dB.
+    Place k is the k-th of the n clips drawn. For --novelty, place n + k is the same clip mirrored,
+    and 2n + k with noise of 0.05, 32 dB.
     """
 
     def __init__(self, dataset, cfg):
@@ -518,17 +529,18 @@ class Side:
             if change == 1:
                 clip = clip.flip(-1)
             if change == 2:
-                clip = clip + 0.05 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(i))
+                rng = torch.Generator().manual_seed(i)
+                clip = clip + 0.05 * torch.randn(clip.shape, generator=rng)
             clips.append(clip[:self.cfg.frames])
         return round_to_bytes(torch.stack(clips))
 
     def class_names(self):
-        """The class of each clip drawn: sides are compared by name. A number without a name speaks for itself."""
+        """The class of each clip drawn: sides are compared by name, where a number has one."""
         names = dict(enumerate(self.dataset.classes))
         return [names.get(k, str(k)) for k in self.dataset.labels[self.numbers]]
 
     def sources(self):
-        """A number for each clip drawn, equal for clips of one source: UCF-101 cuts a whole group, _gNN, from one."""
+        """A number for each clip drawn, the same for a group (_gNN) of UCF-101, cut from one video."""
         names = self.numbers
         if getattr(self.dataset, "files", None):
             names = [re.sub(r"_c\d+\.\w+$", "", str(self.dataset.files[i])) for i in self.numbers]
@@ -561,7 +573,7 @@ def open_clips(spec, names):
     if spec.endswith(".npy"):
         present = [spec]
     if len(present) > 1:
-        raise SystemExit(f"{spec} holds {present[0].name} and {present[1].name}: name the one you mean")
+        raise SystemExit(f"{spec} holds {present[0].name} and {present[1].name}: name one")
     if present:
         return Videos.open(present[0])
 
@@ -572,8 +584,8 @@ def like_clips(cfg, side, flags):
     cfg = fill_in(cfg, frames=frames, stride=side.settings.get("stride", 1), resolution=resolution)
     longer = frames > cfg.frames and flags.frames < 0
     if frames < cfg.frames or longer or resolution != cfg.resolution:
-        raise SystemExit(f"{side.path} has {frames} frames of {resolution} pixels, the other side or the flags "
-                         f"say {cfg.frames} of {cfg.resolution}; --frames takes the first ones of longer clips")
+        raise SystemExit(f"{side.path} has {frames} frames of {resolution} pixels, the flags or the "
+                         f"other side say {cfg.frames} of {cfg.resolution}; --frames may take fewer")
     return cfg
 
 
@@ -590,9 +602,9 @@ def open_videos(spec, split, cfg, held_out=False):
     if spec != "toy":
         dataset = "folder"
         if not root.is_dir():
-            raise SystemExit(f"{spec!r} is no folder of videos, nothing that sample.py wrote, and not toy")
+            raise SystemExit(f"{spec!r} is no folder of videos, nothing of sample.py's, and not toy")
         if cfg.stride != int(cfg.stride):
-            raise SystemExit(f"the clips on disk are {cfg.stride} frames apart: choose --stride for {spec}")
+            raise SystemExit(f"no stride of {cfg.stride} in {spec}: choose with --stride")
     index = Path(cfg.out).parent / f"index-{root.resolve().name}"
     wanted = vars(cfg) | dict(dataset=dataset, data_root=root, split=split, flip=False, out=index)
     return build_dataset(SimpleNamespace(**wanted), held_out)
@@ -611,7 +623,7 @@ def check_settings(cfg, real, fake):
                          "--action-similarity windows of as many, and 1.5 windows")
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------ tables
 
 def distance_rows(name, real, fake, seed):
     """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> {name: (value, note)}."""
@@ -658,8 +670,8 @@ def clip_rows(role, found, cfg):
 def look_for_copies(real, fake, of_real, of_fake, meter):
     """Tables {what: `novelty`}, and a picture of the closest pairs.
 
-    The real side stands for what trained, mirrored too. The ends of the scale are clips that cannot be copies,
-    held-out ones, and clips that are, training clips with noise.
+    The real side stands for what trained, mirrored too. The ends of the scale are clips that cannot
+    be copies, held-out ones, and clips that are, training clips with noise.
     """
     n = len(real)
     of_mirrored = meter.measure(meter.of_clip, range(n, 2 * n), real)
@@ -687,12 +699,13 @@ def look_for_copies(real, fake, of_real, of_fake, meter):
 def look_for_copied_tokens(fake, cfg):
     """The same among weight tokens, where sample.py kept those of the fake side and --tokens names what trained.
 
-    Source:  choice (not said): differences are counted in widths of the posterior, whose draws are the copies;
-             with their own video left out they are what cannot be copies, as held-out clips have no tokens
+    Source:  choice (not said): differences are counted in widths of the posterior, whose draws are
+             the copies; with their own video left out they are what cannot be copies, as held-out
+             clips have no tokens in the cache
     """
     kept = getattr(fake.dataset, "tokens", None)
     if kept is None or not cfg.tokens:
-        print("tokens are not compared: that takes --tokens, and samples whose tokens sample.py kept")
+        print("tokens are not compared: that takes --tokens, and samples with tokens beside them")
         return {}
     cache, video = open_tokens(cfg.tokens)
     if kept.shape[1:] != cache.shape[2:]:
@@ -715,7 +728,7 @@ def look_for_copied_tokens(fake, cfg):
 
 
 def show_closest(real, fake, nearest, count):
-    """The fake clips closest to a real one, each beside its nearest in features and in pixels. -> (T, 3, H', W')."""
+    """Fake clips closest to a real one, beside their nearest in features, in pixels. -> (T, 3, H', W')."""
     ratio, _ = nearest["features"]
     chosen = ratio.argsort()[:count]                                    # (K,)
     names = fake.class_names()
@@ -728,10 +741,10 @@ def show_closest(real, fake, nearest, count):
     return tile(trios, 6, [label for trio in zip(*labels) for label in trio])
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------ files
 
 def open_tokens(path):
-    """A token cache of nerv_dit.py: the memory map (M, 2 or 3, N, d) and the video (M,) that each row is from."""
+    """A token cache of nerv_dit.py: memory map (M, 2 or 3, N, d) and the video (M,) a row is from."""
     try:
         cache = np.load(path, mmap_mode="r")
         video = np.array(json.loads(Path(path).with_suffix(".json").read_text())["videos"])
@@ -739,7 +752,7 @@ def open_tokens(path):
             raise ValueError(f"it holds {cache.dtype} {cache.shape}")
         if video.shape != cache.shape[:1] or video.min() < 0:
             raise ValueError("its .json does not name a video for each row")
-    except Exception as error:                          # whatever a damaged file makes the readers raise
+    except Exception as error:                          # damaged files raise anything
         raise SystemExit(f"{path} is no token cache of nerv_dit.py: {error}") from error
     return cache, video
 
@@ -763,11 +776,12 @@ def protocol_of(real, fake, meter):
 def report(path, rows, copies, picture, protocol):
     """Print the tables and the protocol, write them, and the picture beside them.
 
-    rows {name: (value, note)}, copies {what: `novelty`}, picture (T, 3, H, W) or None, protocol {name: value}
+    rows {name: (value, note)}, copies {what: `novelty`}, picture (T, 3, H, W) or None, protocol
+    {name: value}
     """
     try:
         show(rows, copies, protocol)
-    finally:                                            # also where somebody closed the pipe: | head
+    finally:                        # also where somebody closed the pipe: | head
         results = {name: dict(value=float(value), note=note) for name, (value, note) in rows.items()}
         written = dict(results=results, novelty=copies, protocol=protocol)
         write_file(path, json.dumps(written, indent=1).encode())
