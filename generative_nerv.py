@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import math
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -512,9 +513,11 @@ def own_tokens(kind, plan, cfg, rows, columns):
     """Layers that read some rows of the tokens and the first columns of them: each its own."""
     convs = nn.ModuleList()
     for layer, some, width in zip(plan, rows, columns):
-        count = some.stop - some.start
-        share = dataclasses.replace(cfg, tokens=max(count, 1), token_dim=max(width, 1))
-        conv = kind(layer, share) if count else FixedConv2d(layer, share)
+        if some.start == some.stop:
+            conv = FixedConv2d(layer, cfg)
+        else:
+            share = dataclasses.replace(cfg, tokens=some.stop - some.start, token_dim=width)
+            conv = kind(layer, share)
         conv.rows = some
         conv.columns = width
         convs.append(conv)
@@ -525,10 +528,14 @@ def rows_by_block_size(cfg, plan):
     """Table 2b's "no reuse": one token for every layer, the others by block size, rounded on the running sum."""
     if cfg.tokens < len(plan):
         raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
-    sizes = torch.tensor([layer.gen_out * layer.gen_in * layer.k ** 2 for layer in plan]).double()
-    shares = sizes / sizes.sum() * (cfg.tokens - len(plan))
-    ends = (shares.cumsum(0).round() + torch.arange(1, len(plan) + 1)).long().tolist()
-    return [slice(start, end) for start, end in zip([0] + ends, ends)]
+    sizes = [layer.gen_out * layer.gen_in * layer.k ** 2 for layer in plan]
+    rows = []
+    start = 0
+    for i, reached in enumerate(accumulate(sizes), 1):
+        end = i + round(reached / sum(sizes) * (cfg.tokens - len(plan)))
+        rows.append(slice(start, end))
+        start = end
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------- NeRV-Enc
@@ -568,7 +575,7 @@ def layer_token_slices(cfg, layers):
     if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
         raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, "
                          f"--tokens {sum(counts)} and --token-dim {max(columns)}")
-    ends = [sum(counts[:i + 1]) for i in range(layers)]
+    ends = list(accumulate(counts))
     return [slice(end - count, end) for end, count in zip(ends, counts)], columns
 
 
