@@ -94,9 +94,9 @@ class Config:
     gan_lr_ratio: float = 0.2       # 0..: its learning rate over the autoencoder's (paper A.1: one fifth)
     # optimisation
     batch: int = 8                  # 1..: B, clips per step (paper E.17: 32)
-    steps: int = 4000               # 1..: optimizer steps (paper A.1: 2M)
+    steps: int = 3600               # 1..: optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # 0..: peak learning rate (paper A.1: 1e-4)
-    muon: bool = False              # Muon for the matrices of the encoder (departs: AdamW for all, paper A.1)
+    muon: bool = True               # Muon for all matrices and kernels (departs: AdamW for all, paper A.1)
     warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
     ema: float = 0.999              # 0..1: decay of the averaged weights that everything after training uses (choice)
     frames_per_step: int = 2        # 0..: frames decoded of a clip in a step; 0: all, as always with GAN
@@ -107,7 +107,7 @@ class Config:
     checkpointing: bool = False     # recompute activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # 1..: steps between lines of log.jsonl; the only time the GPU is waited for
-    eval_every: int = 1000          # 1..: steps between held-out PSNR, pictures and checkpoints
+    eval_every: int = 900           # 1..: steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
@@ -117,7 +117,7 @@ PAPER = dict(
     frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
     kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1, kl_weight=1e-5, lpips_weight=1.0,
     gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
-    frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+    muon=False, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
 # 80 inputs and outputs: each of 160 tokens then writes a whole share of a block (paper E.3's "simple alignment").
 PAPER_256 = {**PAPER, "resolution": 256, "tokens": 160, "gen_channels": 80, "checkpointing": True}
 NERV_ENC = {                        # no VAE: the posterior is so narrow that tokens are their means
@@ -128,7 +128,7 @@ NERV_ENC = {                        # no VAE: the posterior is so narrow that to
     "steps": 46_875, "warmup": 1000, "eval_every": 2500}  # Table 7: 150 epochs of 10k; warmup: choice
 LAPTOP = dict(                      # a folder of real videos at 32 x 32 x 8, on a CPU
     stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7, edge_weight=1.0,
-    lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000, lr=1e-3, muon=True)
+    lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000)
 WORKSTATION = {                     # a folder of real videos at 64 x 64 x 16, minutes on a large GPU
     **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64, "token_dim": 64,
     "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384, "gan_weight": 0.1, "gan_start": 2125,
@@ -441,14 +441,14 @@ def update_ema(ema, model, decay, step):
 
 
 def optimizers(model, cfg):
-    """AdamW; with --muon, Muon for the matrices of the encoder, which turns all their directions equally fast.
+    """AdamW; with --muon, Muon for everything that is a matrix, kernels as (c_out, c_in * k * k) among them.
 
-    Source: paper A.1 (AdamW). Choice: betas and no decay. Departs: Muon, small presets only; its steps are scaled to
-            AdamW's size and share its learning rate
+    Source: paper A.1 (AdamW). Choice: betas and no decay. Departs: Muon, small presets only: it turns all directions
+            of a matrix equally fast, so that short runs come further. Its steps are scaled to AdamW's size and share
+            its learning rate
     """
-    matrices = [p for p in model.encoder.parameters() if cfg.muon and p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = [p for p in model.parameters() if cfg.muon and p.ndim == 2]
+    others = [p for p in model.parameters() if not cfg.muon or p.ndim != 2]
     opts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     if matrices:
         opts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
