@@ -13,8 +13,8 @@ Letters: B videos, T frames, N weight tokens, d channels of a token, D width of 
          of a kernel, k its height and width.
 Ranges:  tokens ~ N(0, 1). `frame` is the frame index of the training grid, a float: 0 is the first trained frame,
          T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
-A batch of videos is a batch of networks: each video runs through convolutions of its own, its T frames side by side
-as their batch. `cfg` is nerv_vae.Config.
+Feature maps are (B*T, c, H, W), the T frames of the first video first; every video has kernels of its own, so each
+layer is one convolution a video. `cfg` is nerv_vae.Config.
 """
 import argparse
 import dataclasses
@@ -141,8 +141,7 @@ class ModulatedConv2d(nn.Module):
     kernel[:gen_out, :gen_in]. Everything else in the kernel is shared by all videos. Dividing by the norm over all
     axes but the output channel keeps feature maps at unit scale, whatever was written.
 
-    Shapes:  kernel: tokens (B, N, d) -> (B, c_out, c_in, k, k), a kernel for each video
-             forward: x (T, c_in, H, W), kernel (c_out, c_in, k, k) -> (T, c_out, H', W')
+    Shapes:  x (B*T, c_in, H, W), tokens (B, N, d) -> (B*T, c_out, H', W'), twice as large where the layer doubles
     Units:   tokens ~ N(0, 1); where x has the scale of a GELU's output, so has the GELU of the result
     Source:  paper Sec. 3.1 (channel-wise parameterization; normalisation), E.18 (a head for each layer). Choice: the
              head's bias is one number for each entry of the block, namely the shared kernel there, so that the mean
@@ -191,8 +190,11 @@ class ModulatedConv2d(nn.Module):
         energy = kernel.square().sum((2, 3, 4), keepdim=True)           # (B, c_out, 1, 1, 1)
         return kernel * (energy + 1e-8).rsqrt() * self.gain
 
-    def forward(self, x, kernel):
-        return convolve(x, kernel, self.bias, self.layer)
+    def forward(self, x, tokens):
+        outputs = []
+        for video, kernel in zip(x.chunk(len(tokens)), self.kernel(tokens)):  # (T, c_in, H, W)
+            outputs.append(convolve(video, kernel, self.bias, self.layer))
+        return torch.cat(outputs)                                       # (B*T, c_out, H', W')
 
 
 def unit_gain(layer):
@@ -239,29 +241,29 @@ def double(x):
 def enlarge(x, channels):
     """The side path around a level: bilinear x2; where the level widens, channels are repeated.
 
-    Shapes:  x (T, c, h, w) -> (T, channels, 2h, 2w)
+    Shapes:  x (n, c, h, w) -> (n, channels, 2h, 2w)
     Source:  paper Sec. 3.2, A.1 (bilinear, no parameters). Choice: repeated channels
     """
     return double(x).repeat(1, channels // x.shape[1], 1, 1)
 
 
 def render(layers, convs, x, side):
-    """Run the layers of one video's network on an embedding.
+    """Run the layers on an embedding: the same walk for a batch of videos and for one that is instantiated.
 
-    Shapes:  x (T, 48, h, w) -> (T, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
+    Shapes:  x (n, 48, h, w) -> (n, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
     Source:  paper Table A1; GELU in all blocks and tanh at the end (A.2); residual sums (Sec. 3.2, A.1). Choice: sums
              are divided by sqrt(2), which keeps unit scale, as StyleGAN2
     """
     if side != "residual":
         return render_otherwise(layers, convs, x, side)  # Table 2e's other ways; NeRV-Enc
-    x = F.gelu(convs[0](x))                                             # (T, D, h, w)
+    x = F.gelu(convs[0](x))                                             # (n, D, h, w)
     entry = x
     for layer, conv in zip(layers[1:-1], convs[1:-1]):
-        x = F.gelu(conv(x))                                             # (T, c, size, size)
+        x = F.gelu(conv(x))                                             # (n, c, size, size)
         if layer.ends_level:
             x = (x + enlarge(entry, layer.c_out)) / math.sqrt(2)
             entry = x
-    return convs[-1](x).tanh()                                          # (T, 3, H, W)
+    return convs[-1](x).tanh()                                          # (n, 3, H, W)
 
 
 class GenerativeNeRV(nn.Module):
@@ -286,13 +288,10 @@ class GenerativeNeRV(nn.Module):
         self.register_buffer("used", used, persistent=False)
 
     def forward(self, tokens, frame):
-        x = embed(frame, self.cfg, self.layers)                         # (T, 48, h, w)
-        kernels = [conv.kernel(tokens) for conv in self.convs]         # (B, c_out, c_in, k, k) each
-        videos = []
-        for b in range(len(tokens)):
-            convs = [partial(conv, kernel=kernel[b]) for conv, kernel in zip(self.convs, kernels)]
-            videos.append(render(self.layers, convs, x, self.cfg.side))
-        return torch.stack(videos)                                      # (B, T, 3, H, W)
+        x = embed(frame, self.cfg, self.layers, len(tokens))            # (B*T, 48, h, w)
+        convs = [partial(conv, tokens=tokens) for conv in self.convs]
+        video = render(self.layers, convs, x, self.cfg.side)            # (B*T, 3, H, W)
+        return video.unflatten(0, (len(tokens), -1))                    # (B, T, 3, H, W)
 
     def instantiate(self, tokens):
         """One video's tokens turned into a plain CNN, its kernels normalised once: the fast way to play one video.
@@ -302,13 +301,14 @@ class GenerativeNeRV(nn.Module):
         return PlainNeRV(self, tokens)
 
 
-def embed(frame, cfg, layers):
-    """What the stem reads. Shapes: frame (T,) -> (T, 48, pe_size, pe_size); NeRV-Dec's reads time alone, 16.
+def embed(frame, cfg, layers, videos=1):
+    """What the stem reads, the same for every video; NeRV-Dec's reads time alone, 16 channels.
 
     Channels last in memory: what convolutions are fastest at, on a GPU and on a CPU.
+    Shapes: frame (T,) -> (videos*T, 48, pe_size, pe_size)
     """
-    x = positional_embedding(frame, cfg.pe_size)[:, :layers[0].c_in]
-    return x.contiguous(memory_format=torch.channels_last)
+    x = positional_embedding(frame, cfg.pe_size)[:, :layers[0].c_in]    # (T, 48, h, w)
+    return x.repeat(videos, 1, 1, 1).contiguous(memory_format=torch.channels_last)
 
 
 class PlainConv2d(nn.Module):
@@ -407,12 +407,12 @@ def render_otherwise(layers, convs, x, side):
     rgb = None
     for layer, conv in zip(layers, convs):
         if layer.kind != "rgb":
-            x = F.gelu(conv(x))                                         # (T, c, size, size)
+            x = F.gelu(conv(x))                                         # (n, c, size, size)
         elif rgb is None:
-            rgb = conv(x)                                               # (T, 3, size, size)
+            rgb = conv(x)                                               # (n, 3, size, size)
         else:
             rgb = conv(x) + enlarge(rgb, 3)
-    return rgb.tanh()                                                   # (T, 3, H, W)
+    return rgb.tanh()                                                   # (n, 3, H, W)
 
 
 # --------------------------------------------- Table 2a: how tokens enter a kernel; Table 2b: which layer reads which

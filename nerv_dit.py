@@ -284,7 +284,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     """
     if guidance != 1 and model.by_tokens:
         raise ValueError("guidance needs a class condition; use --guidance 1")
-    alpha, sigma = noise_schedule(noise.device)
+    alpha, sigma = noise_schedule()                                     # on the CPU: numbers, to a GPU
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
     alpha = torch.cat([alpha[times], alpha.new_ones(1)])  # (steps+1,): the last step ends at the data
     sigma = torch.cat([sigma[times], sigma.new_zeros(1)])
