@@ -1,46 +1,47 @@
 """From checkpoints to videos: generate, interpolate, look between and beyond the frames, predict, compress.
 
-    python sample.py                            # 16 videos: out/samples/*.mp4, samples.gif, samples.png, samples.npz
+    python sample.py                            # 16 videos in out/samples: mp4, samples.gif, samples.npy
+    python sample.py --weights assets/toy       # this and all below with the weights that came along
+    python sample.py --film                     # film.gif: noise becomes weights, weights become video
     python sample.py --interp                   # and the way from one video's weights to another's
-    python sample.py --time-interp 8            # and 8 frames for every trained one
+    python sample.py --time-interp 8            # and one of them with 8 frames for every trained one
     python sample.py --extrapolate              # and as many frames again beyond the last trained one
+    python sample.py --interp --video-a a.mp4 --video-b b.mp4       # the way between two real videos
     python sample.py --n 2048 --out out/eval    # for fvd.py; stopped and started again, it goes on
-    python sample.py --overview                 # and some clips over their reconstructions over generated ones
-    python sample.py --reconstruct --n 256      # original.npz and reconstruction.npz of held-out clips, for fvd.py
-    python sample.py --predict clip.mp4         # future of a video (nerv_dit.py --condition frames, image or edge);
-                                                # without --predict such a DiT answers n clips that did not train
-    python sample.py --interp --video-a a.mp4 --video-b b.mp4       # between two real videos
-    python sample.py --compress clip.mp4 --bits 8                   # a video as a few kilobytes: clip.nerv
-    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, clip.nerv.gif
-    python sample.py --weights assets/toy       # any of these but --predict with the weights that came along
-    python sample.py --bench --model S          # how fast this machine runs the paper's sizes: a table, bench.json
+    python sample.py --n 2048 --long 8          # the same with 8 frames for every trained one in all
+    python sample.py --reconstruct --n 256      # clips that did not train, and what comes back
+    python sample.py --predict clip.mp4         # its future (nerv_dit.py --condition frames, image or edge)
+    python sample.py --compress clip.mp4        # a video as a few kilobytes: clip.nerv
+    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4 and .gif
+    python sample.py --bench --model S          # how fast this machine runs the paper's sizes
 
-Letters: n videos, T frames, H = W pixels, N weight tokens, d channels a token. lambda: 1 is video a, 0 is video b.
-Ranges:  pixels are in [-1, 1] until they are written; samples.npz holds uint8. mp4 and gif are lossy, for eyes only.
+Letters: n videos, k of them at once, T frames, H = W = R pixels, N weight tokens, d channels a token.
+         lambda: 1 is video a, 0 is video b.
+Ranges:  pixels are in [-1, 1]; samples.npy holds uint8. mp4 and gif are lossy, for eyes only.
+Each mode is one function of the settings and of what was loaded; MODES lists them, `main` calls them.
 """
-import heapq
 import json
-import math
 import os
 import re
-import time
-import zipfile
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import nerv_dit
 import nerv_vae
-from data import (build_dataset, condition_video, count_frames, degrade, parse_config, read_clip, save_video, tile,
-                  to_uint8)
-from generative_nerv import GenerativeNeRV, flops, positional_embedding, render
-from nerv_dit import file_hash, load_dit, sample_tokens
-from nerv_vae import load_vae, pick_device, psnr_from_mse, save_checkpoint
+from data import Videos, save_video, tile
+from generative_nerv import positional_embedding, render
+from nerv_dit import denoise_steps, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -48,737 +49,842 @@ class Config:
     """Settings of sample.py; sizes, classes and data come from the checkpoints."""
 
     # what
-    n: int = 16                     # videos
-    classes: str = ""               # names or numbers, separated by commas, taken in turn; empty: all classes in turn
-    interp: bool = False            # interpolate the weights of two videos (paper Sec. 4.5.2, Fig. A2)
-    video_a: str = ""               # a video file to interpolate from, or in time, not the first generated video
-    video_b: str = ""               # a video file to interpolate to, not the last generated video
-    time_interp: int = 0            # frames for every trained frame (paper Sec. 4.5.1, Fig. A1: 8)
-    extrapolate: bool = False       # as many frames again beyond the last trained one (paper Sec. 4.5.1)
-    overview: bool = False          # clips over their reconstructions over generated ones of the same classes
-    reconstruct: bool = False       # encode and decode n held-out clips instead of generating
+    n: int = 16                     # 1..: videos
+    classes: str = ""               # names or numbers with commas between, in turn; empty: all
+    long: int = 1                   # 1..: frames for every trained one, of all (Tables A9, A10: 8)
+    mp4: int = 64                   # 0..: how many videos become an mp4 too, which VBench reads
+    film: bool = False              # the sampler at work: noise becomes weights and video
+    interp: bool = False            # interpolate two videos' weights (Sec. 4.5.2, Fig. A2)
+    video_a: str = ""               # a file to interpolate from, not the first generated video
+    video_b: str = ""               # a file to interpolate to, not the last generated video
+    time_interp: int = 0            # 0..: frames for every trained one, of one video (Fig. A1: 8)
+    extrapolate: bool = False       # as many frames again beyond the last one (Sec. 4.5.1)
+    reconstruct: bool = False       # encode and decode n clips that did not train
     predict: str = ""               # a video file to continue, animate or redraw (Sec. 4.3, E.7)
-    compress: str = ""              # a video file whose first clip becomes a .nerv file (NeRV-Enc A.4)
-    bits: int = 8                   # 4|5|6|7|8|32: of a number in the .nerv file; 32 keeps float32
+    compress: str = ""              # a video file that becomes a .nerv file (NeRV-Enc A.4)
+    bits: int = 8                   # 4|5|6|7|8|32: of a number in it; 32 keeps float32
     decompress: str = ""            # a .nerv file to play
-    export: str = ""                # write NAME-vae.pt and NAME-dit.pt: both stages in half precision, to hand on
+    export: str = ""                # write NAME-vae.pt and NAME-dit.pt in half precision
     # how
     sampler: str = "auto"           # auto|ddpm|ddim: auto is as the DiT was configured
-    sample_steps: int = 0           # 0: as the DiT was configured
-    guidance: float = 0.0           # 1 is off; 0: as the DiT was configured
-    batch: int = 0                  # videos at once; 0: 16, and 1 with --bench (paper E.1)
-    seed: int = 0                   # fixes the noise of every video
-    compile: bool = True            # on CUDA: the sampling step compiled, captured once as a graph and replayed
+    sample_steps: int = 0           # 0..1000: from noise to tokens; 0: as the DiT was configured
+    guidance: float = 0.0           # 0..: 1 is off; 0: as the DiT was configured
+    batch: int = 0                  # 0..: videos at once; 0: 16, and 1 with --bench (paper E.1)
+    seed: int = 0                   # 0..4294967295: fixes the noise of every video
+    compile: bool = True            # on CUDA: the sampling step compiled and replayed as a graph
     # where
     dit: str = "out/dit/ckpt.pt"    # checkpoint of nerv_dit.py
-    vae: str = ""                   # checkpoint of nerv_vae.py; empty: the DiT's; out/vae/ckpt.pt where none takes part
-    weights: str = ""               # NAME of exported ones, in place of --dit and --vae; here: assets/toy
-    data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
+    vae: str = ""                   # of nerv_vae.py; empty: the DiT's, or out/vae/ckpt.pt
+    weights: str = ""               # NAME of exported ones instead of --dit and --vae; assets/toy
+    data_root: str = ""             # folder of videos that moved, or of others that did not train
     out: str = "out/samples"        # folder that everything is written to
-    fps: int = 8                    # of gif and mp4
-    device: str = "auto"            # auto|cpu|cuda: what computes; auto: CUDA where there is one
+    fps: int = 8                    # 1..1000: frames a second of mp4 and gif
+    device: str = "auto"            # auto|cpu|cuda: what computes
     # how fast
-    bench: bool = False             # time the paper's sizes with random weights (Tables A2, A3, E.16); nothing is read
+    bench: bool = False             # time the paper's sizes, random weights (Tables A2, A3, E.16)
     model: str = "S"                # S|B|L: decoder that --bench times
     resolution: int = 128           # 128|256: pixels of the clips that --bench times
 
 
-# ---------------------------------------------------------------------------------------------- pieces
+class Stages(NamedTuple):
+    """What every mode is given besides its settings: what `load` found."""
 
-def pick_labels(wanted, names, n):
-    """n class numbers from "ring sliding,3", in turn. Raises SystemExit that lists the classes."""
-    chosen = []
-    for word in [w.strip() for w in wanted.split(",") if w.strip()] or range(len(names)):
-        if word in names:
-            chosen.append(names.index(word))
-        elif str(word).isdigit() and int(word) < len(names):
-            chosen.append(int(word))
-        else:
-            listed = ", ".join(f"{i} {c}" for i, c in enumerate(names))
-            raise SystemExit(f"no class {word!r}; the classes are {listed}")
-    return [chosen[i % len(chosen)] for i in range(n)]
+    device: torch.device
+    out: Path
+    vae: nerv_vae.NeRVVAE = None
+    dit: nerv_dit.DiT = None
+    how: dict = None                # sampler, steps, guidance
 
 
-def noise_for(first, count, shape, seed):
-    """Starting noise of videos first..first+count-1; each has its own seed, so batches may be of any size."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
-                        for i in range(first, first + count)])                      # (count, N, d)
+# ------------------------------------------------------------------------------------------ modes
+
+def generate(cfg, stages):
+    """n videos into samples.npy, their tokens beside them; the first also as mp4, gif and sheet.
+
+    --long 8 asks every network for frames 0, 1/8 .. T - 1/8, the last 7 beyond the trained ones.
+    Source:  paper (Tables A9, A10, E.3): 16 frames trained at stride 8, 128 consecutive ones decoded
+    """
+    vae = stages.vae
+    frame = torch.arange(vae.cfg.frames * cfg.long, device=stages.device) / cfg.long
+    asked = Asked(cfg, stages, cfg.n)
+    settings = dict(clip_settings(vae, cfg.long), kind="samples", n=cfg.n, seed=cfg.seed,
+                    labels_drawn="in turn", asked=cfg.classes, condition=asked.condition,
+                    dit_sha256=stages.dit.sha256, dit_step=stages.dit.step, **stages.how)
+    path = stages.out / "samples.npy"
+    store = Videos.create(path, settings, asked.classes)
+    batches = range(store.done, cfg.n, cfg.batch)
+    for first in data.progress(batches, desc="generating", unit="batch"):
+        last = min(first + cfg.batch, cfg.n)
+        tokens = draw(cfg, stages, asked, first, last)                          # (k, N, d)
+        store.add(vae.play(tokens, frame), asked.labels[first:last], tokens)
+    store.close()
+    show_samples(cfg, stages.out, Videos.open(path))
 
 
-def file_tokens(path, vae, device):
-    """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, H, W)."""
-    c = vae.cfg
-    try:
-        stride = c.stride or (count_frames(path) - 1) // max(c.frames - 1, 1)
-        clip = read_clip(path, 0, c.frames, stride, c.resolution)
-    except Exception as error:                          # whatever a hostile file makes the decoder raise
-        raise SystemExit(f"{path} has no readable clip of {c.frames} frames at stride {c.stride} ({error})") from error
-    return vae.encode(clip[None].to(device))[0][0], clip
+def interpolate(cfg, stages):
+    """lambda * a + (1 - lambda) * b on the tokens of two videos.
+
+    interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page.
+    Source:  paper (Sec. 4.5.2): kernels go straight, then are normalised
+    """
+    out = stages.out
+    a, b = two_ends(cfg, stages)                                                # (N, d) each
+    lam = torch.linspace(1, 0, 25, device=stages.device)[:, None, None]         # (25, 1, 1)
+    videos = stages.vae.play(lam * a + (1 - lam) * b)                           # (25, T, 3, R, R)
+    T = videos.shape[1]
+    R = videos.shape[-1]
+    sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
+    save_video(out / "interp_sheet.png", sheet)
+    about = dict(columns=len(videos), rows=T, width=R, height=R)
+    data.write_file(out / "interp_sheet.json", json.dumps(about).encode())
+    names = [f"lambda {value:.3g}" for value in lam[::3].flatten().tolist()]
+    save_video(out / "interp.gif", tile(videos[::3], 9, names), cfg.fps)
+    save_video(out / "interp.png", strips(videos[::3], names))
+    print(f"wrote {out}/interp.gif and .png: from lambda 1 to 0; with sliders in index.html")
 
 
-class VideoStore:
-    """Videos on their way into an .npz, written batch by batch, so that memory stays flat and a stop loses nothing.
+def render_times(cfg, stages):
+    """The first video's weights asked for frames between and beyond the trained ones (Sec. 4.5.1)."""
+    out = stages.out
+    T = stages.vae.cfg.frames
+    k = max(cfg.time_interp, 1)
+    tokens = two_ends(cfg, stages)[:1]                                          # (1, N, d)
+    frame = torch.arange(2 * T * k, device=stages.device) / k                   # 0, 1/k .. 2T - 1/k
+    if cfg.time_interp:
+        video = stages.vae.play(tokens, frame[:T * k])[0]                       # (T k, 3, R, R)
+        save_video(out / "time_interp.gif", video, cfg.fps * k)
+        labels = [f"t = {t:.3g}" for t in frame[:4 * k]]
+        save_video(out / "time_interp.png", tile(video[:4 * k, None], k, labels))
+        print(f"wrote {out}/time_interp.gif and .png: {k} frames for every trained one")
+    if cfg.extrapolate:
+        video = stages.vae.play(tokens, frame[::k])[0]                          # (2T, 3, R, R)
+        save_video(out / "extrapolate.gif", video, cfg.fps)
+        labels = [f"frame {t}" for t in range(2 * T)]
+        save_video(out / "extrapolate.png", tile(video[:, None], T, labels))
+        print(f"wrote {out}/extrapolate.gif and .png: frames {T} to {2 * T - 1} never trained")
 
-    `path`.part.npy grows in place and `path`.part.json says how far it is; `close` packs both into `path`.
+
+def predict(cfg, stages):
+    """From a real video what the DiT was trained to make: its future, its motion, or its colours."""
+    dit = stages.dit
+    kind = dit.cfg.condition
+    if not dit.by_tokens:
+        raise SystemExit(f"{dit.path} was trained with --condition {kind}; --predict needs a DiT "
+                         "trained with --condition frames, image or edge")
+    clip = file_tokens(cfg.predict, stages)[1]                                  # (T, 3, R, R)
+    shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
+    told = stages.vae.encode(shown[None].to(stages.device))[0]                  # (1, N, d)
+    told = told.expand(cfg.n, -1, -1)
+    videos = [clip[None], shown[None]]
+    for first in range(0, cfg.n, cfg.batch):
+        tokens = draw(cfg, stages, told, first, min(first + cfg.batch, cfg.n))  # (k, N, d)
+        videos.append(stages.vae.play(tokens))
+    videos = torch.cat(videos)                                                  # (2 + n, T, 3, R, R)
+    names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
+    save_video(stages.out / "predict.gif", tile(videos, 6, names), cfg.fps)
+    save_video(stages.out / "predict.png", strips(videos[:8], names))
+    print(f"wrote {stages.out}/predict.gif and .png: the video, what was shown, {cfg.n} answers")
+
+
+def reconstruct(cfg, stages):
+    """Clips that did not train and what comes back: original.npy and reconstruction.npy, a pair."""
+    vae = stages.vae
+    clips, which = unseen_clips(cfg, vae)
+    chosen = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]    # one clip a video
+    settings = dict(clip_settings(vae), which=which, seed=cfg.seed)
+    settings["pair"] = f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}"
+    stores = []
+    for kind in ("original", "reconstruction"):
+        path = stages.out / f"{kind}.npy"
+        stores.append(Videos.create(path, dict(settings, kind=kind), clips.classes))
+    batches = range(min(store.done for store in stores), len(chosen), cfg.batch)
+    for first in data.progress(batches, desc="reconstructing", unit="batch"):
+        part = chosen[first:first + cfg.batch].tolist()
+        video = torch.stack([clips[i, i][0] for i in part])                     # (k, T, 3, R, R)
+        given = data.degrade(video.to(stages.device), vae.cfg.degrade)
+        recon = vae.play(vae.encode(given)[0])                                  # (k, T, 3, R, R)
+        for store, kept in zip(stores, (video, recon)):
+            if store.done == first:                     # a stop between the two leaves one ahead
+                store.add(kept, clips.labels[part])
+    for store in stores:
+        store.close()
+    show_pair(cfg, stages.out, which)
+
+
+def compress(cfg, stages):
+    """The first clip of a video as a .nerv file; prints what each number of bits costs and keeps."""
+    vae = stages.vae
+    tokens, clip = file_tokens(cfg.compress, stages)                            # (N, d), (T, 3, R, R)
+    if not tokens.isfinite().all():
+        raise SystemExit(f"the tokens of {cfg.compress} are not finite; train the tokenizer again")
+    T = len(clip)
+    R = clip.shape[-1]
+    used = vae.decoder.used                                                     # (N, d)
+    videos = [clip]
+    names = ["the video"]
+    print(" bits    bytes   bits/pixel   PSNR dB")
+    for bits in (4, 5, 6, 7, 8, 32):
+        blob = pack_tokens(tokens[used], bits, vae_sha256=vae.sha256, frames=T, resolution=R)
+        video = play_numbers(unpack_tokens(blob)[1], stages)                    # (T, 3, R, R)
+        quality = data.psnr(video, clip).mean()
+        print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / (T * R * R):12.4f} {quality:9.2f}")
+        videos.append(video)
+        names.append(f"{bits} bits, {len(blob)} bytes")
+        if bits == cfg.bits:
+            path = stages.out / (Path(cfg.compress).stem + ".nerv")
+            data.write_file(path, blob)
+    save_video(stages.out / "compress.png", strips(torch.stack(videos), names))
+    print(f"wrote {path} at {cfg.bits} bits: {T} frames of {R} x {R}; and compress.png")
+
+
+def decompress(cfg, stages):
+    """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
+    vae = stages.vae
+    header, numbers = read_nerv(cfg.decompress)
+    made_by = str(header.get("vae_sha256"))
+    if made_by != vae.sha256 or len(numbers) != vae.decoder.used.sum():
+        raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae.path} (its "
+                         f"sha256 starts {made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one "
+                         "with --vae")
+    video = play_numbers(numbers, stages)                                       # (T, 3, R, R)
+    path = stages.out / Path(cfg.decompress).name       # clip.nerv.mp4: clip.mp4 may be the original
+    for suffix in (".mp4", ".gif"):
+        save_video(path.with_name(path.name + suffix), video, cfg.fps)
+    print(f"wrote {path}.mp4 and .gif: {len(video)} frames of {vae.cfg.resolution} pixels a side")
+
+
+def film(cfg, stages):
+    """The sampler at work, film.gif: tokens turn from noise to weights, beside what they decode to.
+
+    Up to 6 videos and 50 steps. The clip runs to and fro meanwhile, and for three seconds after.
+    """
+    dit = stages.dit
+    n = min(cfg.n, 6)
+    asked = Asked(cfg, stages, n)
+    noise = noise_for(0, n, dit, cfg.seed)                                      # (n, N, d)
+    walk = list(denoise_steps(dit, asked[0:n], noise, seed=noise_seed(cfg.seed, 0), quiet=False,
+                              **stages.how))
+    every = -(-len(walk) // 50)
+    walk = walk[::-1][::every][::-1]                    # the last one always
+    names = [asked.classes[label] for label in asked.labels]
+    turn = max(stages.vae.cfg.frames - 1, 1)
+    sheets = []
+    for i in range(len(walk) + 38):
+        step = min(i + 1, len(walk))
+        z, guess = walk[step - 1]                                               # (n, N, d) each
+        time = i * cfg.fps / 12.5 % (2 * turn)
+        time = min(time, 2 * turn - time)                                       # 0 .. T-1 .. 0 ..
+        videos = stages.vae.play(guess, torch.tensor([time], device=stages.device))[:, 0]
+        tokens = (z - dit.token_mean) / dit.token_std
+        sheets.append(film_sheet(tokens.cpu(), videos, names, step / len(walk)))
+    save_video(stages.out / "film.gif", data.from_uint8(few_colours(sheets)), 12.5)
+    print(f"wrote {stages.out}/film.gif: {len(walk)} steps from noise to weights, and to video")
+
+
+def export(cfg, stages):
+    """The averaged weights of both stages in half precision, without optimizers: to hand on."""
+    vae = stages.vae
+    dit = stages.dit
+    vae_path = Path(f"{cfg.export}-vae.pt")
+    dit_path = Path(f"{cfg.export}-dit.pt")
+    write_half(vae_path, vae, config=asdict(vae.cfg), classes=vae.classes, made_by=nerv_vae.MADE_BY)
+    write_half(dit_path, dit, config=asdict(replace(dit.cfg, vae=str(vae_path))),
+               classes=dit.class_names, made_by=nerv_dit.MADE_BY,
+               tokens=list(dit.token_mean.shape), vae_sha256=data.file_hash(vae_path))
+    print(f"wrote {vae_path} and {dit_path}; use them with --weights {cfg.export}")
+
+
+def bench(cfg, stages):
+    """Time the paper's sizes with random weights on this machine.
+
+    Source:  paper (Tables A2, A3, E.16), and one training step of each stage
+             departs (E.1 averages 100 calls): the median of what fits into 3 seconds; no LPIPS, no
+             GAN; bfloat16 and torch.compile on CUDA only
+    """
+    device = stages.device
+    gpu = device.type == "cuda"
+    B = cfg.batch or 1
+    preset = "ucf256" if cfg.resolution == 256 else "ucf"
+    c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
+    dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
+    table = Table(device, model=c.model, resolution=c.resolution, batch=B)
+    vae = nerv_vae.NeRVVAE(c).to(device).eval()
+    video = torch.zeros(B, c.frames, 3, c.resolution, c.resolution, device=device)
+    z = torch.randn(B, c.tokens, c.token_dim, device=device)
+    frame = torch.arange(c.frames, device=device).float()
+
+    encoding = table.module("encode", vae.encoder, video)
+    decoding = table.module("decode", vae.decoder, z, frame)
+    net = vae.decoder.instantiate(z[0])
+    play = table.fast(net)
+    parts = frame.split(c.frames if gpu else 1)         # a CPU's caches hold one frame's maps
+    table.row("decode one clip, instantiated", lambda: [play(part) for part in parts],
+              decoding / B, net)
+    cell = c.resolution // c.pe_size                    # convolutions do not mind the grid's size
+    x = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]       # (1, 48, 45, 80)
+    x = x.contiguous(memory_format=torch.channels_last)
+    pixels = x[0, 0].numel() * cell ** 2
+    table.row(f"one frame of {pixels} pixels, instantiated",
+              lambda: render(net.layers, net.convs, x, c.side),
+              decoding / B / c.frames * pixels / c.resolution ** 2, net)
+    autoencode = table.fast(vae.train())
+
+    def stage1():
+        recon, mean, logvar = autoencode(video, frame, z)
+        return F.mse_loss(recon, video) + nerv_vae.kl_divergence(mean, logvar).mean()
+
+    table.training("training step, stage 1", vae, stage1, encoding + decoding)
+    dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
+    t = torch.full((B,), 500, device=device)
+    cond = torch.zeros_like(t)
+    noise = torch.randn(2, *z.shape, device=device)
+    denoising = table.module("one pass of DiT", dit, z, t, cond)
+    denoise = table.fast(dit)
+    schedule = nerv_dit.noise_schedule(device)
+
+    def stage2():
+        return nerv_dit.diffusion_loss(denoise, z, noise, t, cond, schedule, dc.min_snr_gamma)
+
+    table.training("training step, stage 2", dit, stage2, denoising)
+    ready_to_sample(dit, cfg, device)
+    for sampler, steps in (("ddpm", 250), ("ddim", 50)):
+        timed = steps if gpu else 2
+        table.row(f"{steps} {sampler} steps, guidance 2",
+                  lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0),
+                  2 * steps * denoising, dit, steps // timed)
+    data.write_file(stages.out / "bench.json", json.dumps(table.rows, indent=1).encode())
+    print(f"wrote {stages.out}/bench.json")
+
+
+# flag: what it calls, and what must be loaded for it; "samples" are those of the same command
+MODES = {
+    "bench": (bench, "nothing"),
+    "compress": (compress, "vae"),
+    "decompress": (decompress, "vae"),
+    "reconstruct": (reconstruct, "vae"),
+    "export": (export, "both"),
+    "film": (film, "both"),
+    "predict": (predict, "both"),
+    "interp": (interpolate, "samples"),
+    "time_interp": (render_times, "samples"),
+    "extrapolate": (render_times, "samples"),
+}
+
+
+@torch.no_grad()
+def main(argv=None):
+    """Command line of sample.py. Returns the folder written to."""
+    data.alone("sample.py")
+    cfg = data.parse_config(Config, {}, argv)
+    modes = [MODES[flag] for flag in MODES if getattr(cfg, flag)]
+    needs = {need for _, need in modes}
+    if not modes or "samples" in needs:
+        modes.insert(0, (generate, "samples"))
+        needs.add("samples")
+    with data.claim(cfg.out):
+        stages = load(cfg, needs)
+        if not cfg.bench:
+            cfg = replace(cfg, batch=cfg.batch or 16)
+        for mode, _ in dict.fromkeys(modes):            # render_times once, for whichever flags
+            mode(cfg, stages)
+        data.write_page(stages.out, "sample.py", asdict(cfg))
+    return stages.out
+
+
+# ------------------------------------------------------------------------------------------ The method ends here
+# Below: what is asked for, checkpoints, pictures, .nerv files, the table of --bench.
+
+class Asked:
+    """What each of n videos is made from: its class, nothing, or a clip that did not train.
+
+    Shapes:  self[first:last] -> what DiT is told, (k,) or (k, N, d); .labels (n,) into .classes
     """
 
-    def __init__(self, path, shape, settings):
-        self.path, self.part = path, path.with_suffix(".part.npy")
-        self.note, self.settings, self.done = path.with_suffix(".part.json"), settings, 0
-        if self.part.exists() and self.note.exists():
-            note = json.loads(self.note.read_text())
-            if note["settings"] == settings and note["shape"] == list(shape):
-                self.done = note["done"]
-        if not self.done:
-            self.note.unlink(missing_ok=True)           # it speaks of the file that is overwritten now
-        self.shape, mode = list(shape), "r+" if self.done else "w+"
-        self.videos = np.lib.format.open_memmap(self.part, mode, np.uint8, None if self.done else tuple(shape))
+    def __init__(self, cfg, stages, n):
+        self.stages = stages
+        self.clips = None
+        dit = stages.dit
+        self.condition = dit.cfg.condition
+        self.classes = ["video"]
+        self.labels = np.zeros(n, int)
+        self.told = torch.full((n,), len(dit.class_names))                      # no class
+        if self.condition == "class":
+            self.classes = dit.class_names
+            self.labels = pick_labels(cfg.classes, self.classes, n)
+            self.told = torch.from_numpy(self.labels)
+        elif dit.by_tokens:
+            self.clips, which = unseen_clips(cfg, stages.vae)
+            order = np.random.default_rng(cfg.seed).permutation(len(self.clips))
+            self.order = np.resize(order, n).tolist()                           # in turn
+            self.classes = self.clips.classes
+            self.labels = self.clips.labels[self.order]
+            self.condition = f"{self.condition} of {which} clips"
 
-    def add(self, videos):
-        """Append videos (k, T, 3, H, W) in [-1, 1]."""
-        self.videos[self.done:self.done + len(videos)] = to_uint8(videos)
-        self.videos.flush()
-        self.done += len(videos)
-        fresh = self.note.with_suffix(".new")
-        fresh.write_text(json.dumps(dict(settings=self.settings, shape=self.shape, done=self.done)))
-        os.replace(fresh, self.note)
-
-    def close(self, labels):
-        """Pack videos (n, T, H, W, 3) uint8, labels (n,) and the settings into the .npz; remove the parts."""
-        del self.videos
-        new = self.path.with_suffix(".part")
-        with zipfile.ZipFile(new, "w") as archive:
-            archive.write(self.part, "videos.npy")
-            for name, value in dict(labels=np.asarray(labels), settings=np.array(json.dumps(self.settings))).items():
-                with archive.open(name + ".npy", "w") as member:
-                    np.lib.format.write_array(member, value, allow_pickle=False)
-        os.replace(new, self.path)
-        self.part.unlink()
-        self.note.unlink()
+    def __getitem__(self, part):
+        if self.clips is None:
+            return self.told[part].to(self.stages.device)                       # (k,)
+        keys = list(enumerate(self.order))[part]        # a clip that comes again shows other frames
+        video = torch.stack([self.clips[i, seed][0] for seed, i in keys])       # (k, T, 3, R, R)
+        shown = data.condition_video(video, self.stages.dit.cfg.condition)
+        return self.stages.vae.encode(shown.to(self.stages.device))[0]          # (k, N, d)
 
 
-def draw_tokens(cfg, dit, cond, first, how):
-    """Tokens of videos first, first + 1, ..: one for each row of cond (k,) or (k, N, d). Shapes: -> (k, N, d)."""
-    noise = noise_for(first, len(cond), dit.token_mean.shape, cfg.seed).to(cond.device)
-    return sample_tokens(dit, cond, noise, how["sampler"], how["sample_steps"], how["guidance"],
-                         cfg.seed * 1_000_003 + first, progress=cfg.n <= cfg.batch)
+def pick_labels(wanted, names, n):
+    """n class numbers from "ring sliding,3", in turn; a name may hold commas, the longest one wins.
+
+    Raises:  SystemExit that lists the classes
+    """
+    known = {str(i): i for i in range(len(names))}
+    known.update((unicodedata.normalize("NFC", name), i) for i, name in enumerate(names))
+    wanted = unicodedata.normalize("NFC", wanted)
+    words = "|".join(re.escape(word) for word in sorted(known, key=len, reverse=True))
+    entry = rf"\s*({words})\s*(?:,|$)"
+    left = re.sub(entry, "", wanted).strip(" ,")
+    if left:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise SystemExit(f"no class {left!r}; the classes are {listed}")
+    chosen = [known[word] for word in re.findall(entry, wanted)]
+    return np.resize(chosen or range(len(names)), n)
 
 
-def clip_shape(vae):
-    """(T, H, W, 3) of a clip in an .npz."""
-    return vae.cfg.frames, vae.cfg.resolution, vae.cfg.resolution, 3
+def noise_seed(seed, i):
+    """Seed of video i's noise, which does not depend on the batch it is in."""
+    return seed * 1_000_003 + i
 
 
-def clip_settings(vae):
-    """What a measurement must know about the clips of a tokenizer, whose .path and .sha256 main has set."""
+def noise_for(first, last, dit, seed):
+    """Starting noise of videos first..last-1. Shapes: -> (k, N, d)."""
+    noise = []
+    for i in range(first, last):
+        generator = torch.Generator().manual_seed(noise_seed(seed, i))
+        noise.append(torch.randn(dit.token_mean.shape, generator=generator))
+    return torch.stack(noise).to(dit.token_mean.device)
+
+
+def draw(cfg, stages, told, first, last):
+    """Tokens of videos first..last-1, told[first:last] to DiT. Shapes: -> (k, N, d)."""
+    noise = noise_for(first, last, stages.dit, cfg.seed)
+    return sample_tokens(stages.dit, told[first:last], noise, seed=noise_seed(cfg.seed, first),
+                         quiet=cfg.n > cfg.batch, **stages.how)
+
+
+def file_tokens(path, stages):
+    """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, R, R)."""
+    c = stages.vae.cfg
+    stride = c.stride
+    try:
+        if stride == 0:                                 # the clip spreads over the whole video
+            stride = max((data.count_frames(path) - 1) // max(c.frames - 1, 1), 1)
+        clip = data.read_clip(path, 0, c.frames, stride, c.resolution)
+    except Exception as error:                          # hostile files raise anything
+        raise SystemExit(f"{path} has no readable clip of {c.frames} frames at stride {stride} "
+                         f"({error})") from error
+    return stages.vae.encode(clip[None].to(stages.device))[0][0], clip
+
+
+def two_ends(cfg, stages):
+    """Tokens of --video-a, else of the first sample; of --video-b, else of the last. -> (2, N, d)."""
+    tokens = Videos.open(stages.out / "samples.npy").tokens
+    ends = torch.tensor(tokens[[0, -1]], device=stages.device)
+    for end, path in zip(ends, (cfg.video_a, cfg.video_b)):
+        if path:
+            end.copy_(file_tokens(path, stages)[0])
+    return ends
+
+
+def unseen_clips(cfg, vae):
+    """Clips that did not train, never mirrored, and what to call them.
+
+    Held-out ones of stage 1's folder; all of it where all of it trained; all of another --data-root.
+    A folder that only moved is told by its files: stage 1's index knows their names and sizes.
+    """
+    home = Path(vae.path).parent
+    about = replace(vae.cfg, flip=False, out=str(home))
+    if cfg.data_root:
+        about = replace(about, data_root=cfg.data_root)
+        known = data.read_checked(home / "index.json")
+        root, files, _ = data.find_videos(about)
+        names = {str(path.relative_to(root)): path.stat().st_size for path in files}
+        if known and not any(known.get(name, {}).get("size") == names[name] for name in names):
+            return data.build_dataset(replace(about, split="all", out=cfg.out)), "unseen"
+    clips = data.build_dataset(about, held_out=True)
+    if len(clips):
+        return clips, "held-out"
+    return data.build_dataset(about), "training"
+
+
+def clip_settings(vae, long=1):
+    """What a measurement must know about clips with `long` frames for every trained one."""
     c = vae.cfg
-    return dict(dataset=c.dataset, classes=vae.classes, frames=c.frames, stride=c.stride, resolution=c.resolution,
+    stride = c.stride / long
+    if stride.is_integer():
+        stride = int(stride)
+    return dict(dataset=c.dataset, frames=c.frames * long, stride=stride, resolution=c.resolution,
                 split=c.split, vae_sha256=vae.sha256, vae_step=vae.step)
 
 
-def load_videos(path, count):
-    """The first videos of an .npz of ours as floats. Shapes: -> (count, T, 3, H, W) in [-1, 1].
+# ------------------------------------------------------------------------------------------ loading
 
-    The header is believed only where it agrees with the file's size; all is read once, so that zip's checksum counts.
-    Raises: SystemExit for a file that is truncated, altered or not of ours
+def load(cfg, needs):
+    """The checkpoints that the modes need, checked against each other and against the flags."""
+    device = nerv_vae.pick_device(cfg.device)
+    out = Path(cfg.out)
+    if cfg.weights:
+        cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
+    if needs == {"nothing"}:
+        return Stages(device, out)
+    if not needs & {"both", "samples"}:
+        return Stages(device, out, nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device))
+    if not Path(cfg.dit).is_file():
+        raise SystemExit(f"no checkpoint at {cfg.dit}; make it with: python nerv_vae.py && python "
+                         "nerv_dit.py; or see what came of the toy clips, with --weights assets/toy")
+    dit = nerv_dit.load_dit(cfg.dit, device)
+    path = cfg.vae or dit.cfg.vae
+    if not Path(path).is_file():
+        raise SystemExit(f"no tokenizer at {path}; say with --vae where the one of {cfg.dit} is")
+    vae = nerv_vae.load_vae(path, device)
+    if vae.sha256 != dit.vae_sha256:
+        raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {path} (its sha256 "
+                         f"starts {dit.vae_sha256[:12]}, not {vae.sha256[:12]}); say with --vae "
+                         "where that one is")
+    guidance = cfg.guidance or dit.cfg.guidance
+    if dit.cfg.condition != "class":
+        if cfg.classes or cfg.guidance not in (0, 1):
+            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has no "
+                             "classes to choose or to exaggerate; leave out --classes, --guidance")
+        guidance = 1.0
+    sampler = dit.cfg.sampler
+    if cfg.sampler != "auto":
+        sampler = cfg.sampler
+    if not cfg.export:
+        ready_to_sample(dit, cfg, device)
+    how = dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
+    return Stages(device, out, vae, dit, how)
+
+
+def ready_to_sample(dit, cfg, device):
+    """On CUDA: weights in bfloat16 once, not at every step, and the step compiled where that works.
+
+    Buffers and the state of the sampler stay float32.
     """
+    if device.type == "cuda":
+        for parameter in dit.parameters():
+            parameter.data = parameter.data.bfloat16()
+        if cfg.compile and can_compile(device):
+            dit.denoise = torch.compile(dit.denoise, mode="reduce-overhead")
+
+
+def can_compile(device):
+    """Whether torch.compile works here, which needs a C compiler and Python's headers."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("videos.npy") as file:
-            info = archive.getinfo("videos.npy")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > os.path.getsize(path):
-                raise ValueError("videos.npy is not stored as it is")
-            np.lib.format.read_magic(file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            if fortran or dtype != np.uint8 or len(shape) != 5 or shape[4] != 3 or min(shape) < 1 or (
-                    math.prod(shape) != info.file_size - file.tell()):
-                raise ValueError(f"videos.npy claims to be {dtype} of {shape}")
-            shape = (min(count, shape[0]), *shape[1:])
-            videos = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
-            while file.read(1 << 20):                   # to the end, where zipfile compares the checksum
-                pass
-    except Exception as error:                          # whatever a hostile file makes the readers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(f"{path} is not a whole .npz of sample.py ({reason}); make it again") from error
-    return torch.tensor(videos).movedim(-1, 2).float() / 127.5 - 1                  # (count, T, 3, H, W)
+        torch.compile(torch.square)(torch.ones(1, device=device))
+    except Exception as error:                          # one for each part that may be missing
+        reason = str(error).strip().split("\n")[0]
+        print(f"torch.compile does not work here ({reason}): the same samples, but slower")
+        return False
+    return True
 
 
-def film_strips(videos, labels):
-    """One row a video, time from left to right; labels (n * T). Shapes: (n, T, 3, H, W) -> (1, 3, H', W')."""
-    return tile(videos.flatten(0, 1)[:, None], videos.shape[1], labels)
+def write_half(path, model, **about):
+    """A checkpoint of a model's weights as float16, with what its stage needs to load it."""
+    about["step"] = model.step
+    about["ema"] = model.state_dict()
+    for name, value in about["ema"].items():
+        if value.is_floating_point():
+            about["ema"][name] = value.half()
+    if not nerv_vae.save_checkpoint(path, about):
+        raise SystemExit(f"could not write {path}")
 
 
-# ---------------------------------------------------------------------------------- .nerv files; skip at first
+# ------------------------------------------------------------------------------------------ pictures
 
-def quantise(tokens, bits):
-    """Each number becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
+def show_samples(cfg, out, clips):
+    """The first clips as mp4, and samples.gif and .png, of --long with the trained frames alone."""
+    for name in data.written(out):                      # of a run before, and nothing but ours
+        if re.fullmatch(r"\d{3,}_.+\.mp4", name):
+            (out / name).unlink(missing_ok=True)
+    names = [clips.classes[label] for label in clips.labels]
+    films = min(cfg.mp4, len(clips))
+    for i in data.progress(range(films), desc="mp4", unit="file"):
+        save_video(out / mp4_name(i, len(clips), names[i]), clips[i, 0][0], cfg.fps)
+    shown = torch.stack([clips[i, 0][0][::cfg.long] for i in range(min(64, len(clips)))])
+    save_video(out / "samples.gif", tile(shown, round(len(shown) ** 0.5), names), cfg.fps)
+    save_video(out / "samples.png", strips(shown[:16], names))
+    print(f"wrote {len(clips)} videos to {out}/samples.npy, the first {films} also as mp4, "
+          f"{len(shown)} in samples.gif and .png")
 
-    Shapes:  tokens (n,) float -> levels (n,) uint8, low, scale; levels * scale + low is at most scale / 2 off
-    Source:  NeRV-Enc A.4, Eq. 2. Choice: one range for all tokens of a video; arithmetic in float64
+
+def mp4_name(i, n, name):
+    """007_Apply-Eye-Makeup.mp4; what is no letter or digit of any script becomes a dash."""
+    plain = re.sub(r"\W+", "-", name).strip("-")[:40] or "video"
+    digits = max(3, len(str(n - 1)))
+    return f"{i:0{digits}d}_{plain}.mp4"
+
+
+def show_pair(cfg, out, which):
+    """PSNR of the pair on the disk, and reconstruction.gif of its first clips."""
+    a = Videos.open(out / "original.npy")
+    b = Videos.open(out / "reconstruction.npy")
+    quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
+    print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
+    shown = range(min(8, len(a)))
+    first = torch.stack([a[i, 0][0] for i in shown])                            # (8, T, 3, R, R)
+    second = torch.stack([b[i, 0][0] for i in shown])
+    videos = torch.cat([first, second, (first - second).abs() - 1])
+    labels = [name for name in ("original", "reconstruction", "difference") for _ in shown]
+    save_video(out / "reconstruction.gif", tile(videos, len(first), labels), cfg.fps)
+    print(f"wrote {out}/original.npy, reconstruction.npy and reconstruction.gif")
+
+
+def strips(videos, names):
+    """One row a video, time from left to right. Shapes: (n, T, 3, R, R) -> (1, 3, H', W')."""
+    labels = []
+    T = videos.shape[1]
+    for name in names[:len(videos)]:
+        labels += [name] + [f"frame {t}" for t in range(1, T)]
+    return tile(videos.flatten(0, 1)[:, None], T, labels)
+
+
+NIGHT = (13, 17, 23)
+CARD = (24, 30, 39)
+RAIL = (48, 54, 61)
+GREY = (139, 148, 158)
+PALE = (230, 237, 243)
+WARM = (255, 158, 66)               # tokens above 0, and what is done of the way
+COLD = (66, 165, 255)               # tokens below 0
+
+
+def film_sheet(tokens, videos, names, done):
+    """One picture of the film: a card for each video with its tokens, an arrow and one frame.
+
+    Shapes:  tokens (n, N, d), videos (n, 3, R, R), done in 0..1 of the way -> (H', W', 3) uint8
     """
-    x = np.asarray(tokens, np.float64)
-    low, scale = float(x.min()), float(x.max() - x.min()) / (2 ** bits - 1)
-    return np.round((x - low) / (scale or 1)).astype(np.uint8), low, scale
+    side = 128                                          # of a picture, in pixels as all lengths here
+    gap = 24
+    space = 12
+    head = 60
+    font = ImageFont.load_default(28)
+    columns = min(len(names), 3)
+    card = (2 * side + gap + 2 * space, 42 + side + space)
+    width = space + columns * (card[0] + space)
+    height = head - (-len(names) // columns) * (card[1] + space)
+    sheet = Image.new("RGB", (width, height), NIGHT)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((2 * space, 30), "noise", GREY, font, "lm")
+    pen.text((width - 2 * space, 30), "weights", PALE if done == 1 else GREY, font, "rm")
+    start = 4 * space + pen.textlength("noise", font)
+    end = width - 4 * space - pen.textlength("weights", font)
+    here = start + (end - start) * done
+    pen.line((start, 30, end, 30), RAIL, 4)
+    pen.line((start, 30, here, 30), WARM, 4)
+    pen.ellipse((here - 7, 23, here + 7, 37), WARM)
+    for i, name in enumerate(names):
+        x = space + i % columns * (card[0] + space)
+        y = head + i // columns * (card[1] + space)
+        pen.rounded_rectangle((x, y, x + card[0], y + card[1]), 10, CARD)
+        pen.text((x + space, y + 21), name[:19], PALE, font, "lm")
+        x += space
+        y += 42
+        weights = Image.fromarray(token_colours(tokens[i]))
+        sheet.paste(weights.resize((side, side), Image.NEAREST), (x, y))
+        x += side
+        middle = y + side // 2
+        pen.polygon((x + 7, middle - 8, x + 18, middle, x + 7, middle + 8), GREY)
+        frame = Image.fromarray(data.to_uint8(videos[i]))
+        sheet.paste(frame.resize((side, side), Image.BICUBIC), (x + gap, y))
+    return np.array(sheet)
 
 
-def code_lengths(counts):
-    """Bits of each symbol's Huffman code, a byte each, 0 for one that never occurs. Shapes: counts (n,) -> n bytes."""
-    lengths, heap = [0] * len(counts), [(int(c), [s]) for s, c in enumerate(counts) if c]
-    heapq.heapify(heap)
-    if len(heap) == 1:
-        lengths[heap[0][1][0]] = 1                      # a lone symbol still takes a bit, or its number would be lost
-    while len(heap) > 1:                                # the two rarest groups become one, and a bit longer each
-        (a, left), (b, right) = heapq.heappop(heap), heapq.heappop(heap)
-        for symbol in left + right:
-            lengths[symbol] += 1
-        heapq.heappush(heap, (a + b, left + right))
-    return bytes(lengths)
+def token_colours(tokens):
+    """Shapes: (N, d) of unit variance -> (N, d, 3) uint8, in few shades, as a gif takes them."""
+    strength = (tokens / 2.2).clamp(-1, 1).mul(9).round()[..., None] / 9        # (N, d, 1)
+    full = torch.where(strength > 0, torch.tensor(WARM), torch.tensor(COLD))
+    dark = torch.tensor(CARD)
+    return (dark + (full - dark) * strength.abs()).byte().numpy()
 
 
-def canonical_codes(lengths):
-    """{symbol: code}: each code is the one before plus one, shorter codes first, so that lengths say all."""
-    codes, code, last = {}, 0, 0
-    for length, symbol in sorted((length, s) for s, length in enumerate(lengths) if length):
-        code <<= length - last
-        if code >> length:
-            raise ValueError("no code has such lengths")
-        codes[symbol], code, last = code, code + 1, length
-    return codes
+def few_colours(sheets):
+    """All pictures on one palette: a gif then keeps only what moves, a third of the size."""
+    some = Image.fromarray(np.concatenate(sheets[::8]))
+    palette = some.quantize(192, Image.Quantize.FASTOCTREE)
+    few = []
+    for sheet in sheets:
+        sheet = Image.fromarray(sheet).quantize(palette=palette, dither=Image.Dither.NONE)
+        few.append(np.array(sheet.convert("RGB")))
+    return np.stack(few)
 
 
-def huffman_encode(symbols, lengths):
-    """Shapes: symbols (n,) int, lengths bytes -> bytes, the last one filled up with zeros."""
-    words = {s: f"{code:0{lengths[s]}b}" for s, code in canonical_codes(lengths).items()}
-    bits = "".join(words[s] for s in symbols.tolist())
-    return np.packbits(np.frombuffer(bits.encode(), np.uint8) - ord("0")).tobytes()
+# ------------------------------------------------------------------------------------------ .nerv files
+
+MAGIC = b"NeRV\x02"                 # the last byte: version 2
+LARGEST = 1 << 22                   # bytes; no token set of ours is near
 
 
-def huffman_decode(payload, lengths, count):
-    """The inverse. Shapes: bytes, bytes -> (count,) uint8. Raises: ValueError where it cannot be one."""
-    symbols = {(lengths[s], code): s for s, code in canonical_codes(lengths).items()}
-    if count > 8 * len(payload):                        # each takes a bit at least: known before memory is taken
-        raise ValueError("the payload is too short")
-    found, n, length, code, longest = np.empty(count, np.uint8), 0, 0, 0, max(lengths)
-    for byte in payload:
-        for shift in range(7, -1, -1):
-            length, code = length + 1, 2 * code + (byte >> shift & 1)
-            if (length, code) in symbols:
-                found[n] = symbols[length, code]
-                n, length, code = n + 1, 0, 0
-                if n == count:
-                    return found
-            elif length >= longest:
-                raise ValueError("the payload holds a code that is not in the table")
-    raise ValueError("the payload is too short")
+def quantise(numbers, bits):
+    """Each becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
 
-
-MAGIC, LARGEST = b"NeRV\x01", 1 << 22                   # its last byte: version 1; no token set of ours is near 4 MiB
-
-
-def pack_tokens(tokens, bits, **header):
-    """Numbers (n,) of a video's tokens as the bytes of a .nerv file. Its parts in order, integers little-endian:
-
-    magic, 5 bytes | length of the header, 4 bytes | header, JSON: count, bits, low, scale and what the caller adds |
-    below 32 bits: 2^bits code lengths, a byte each | payload: Huffman codes, or float32 | CRC-32 of all that, 4 bytes
+    Shapes:  (n,) float -> levels (n,) uint8, low, scale; levels * scale + low is scale / 2 off at most
+    Source:  paper (NeRV-Enc A.4, Eq. 2)
+             choice (not said): one range for all tokens of a video; arithmetic in float64
     """
-    tokens, low, scale = tokens.float().cpu().numpy(), 0.0, 0.0
-    body = tokens.astype("<f4").tobytes()
-    if bits < 32:
-        levels, low, scale = quantise(tokens, bits)
-        lengths = code_lengths(np.bincount(levels, minlength=2 ** bits))
-        body = lengths + huffman_encode(levels, lengths)
-    head = json.dumps(dict(count=len(tokens), bits=bits, low=low, scale=scale, **header)).encode()
-    blob = MAGIC + len(head).to_bytes(4, "little") + head + body
+    x = np.asarray(numbers, np.float64)
+    low = float(x.min())
+    scale = float(x.max() - low) / (2 ** bits - 1)
+    levels = np.round((x - low) / (scale or 1))
+    return levels.astype(np.uint8), low, scale
+
+
+def pack_tokens(numbers, bits, **about):
+    """The numbers (n,) of a video as the bytes of a .nerv file; integers are little-endian.
+
+    magic, 5 bytes | length of the header, 4 bytes | header, JSON | payload | CRC-32 of all, 4 bytes
+    payload: levels, a byte each, Huffman coded (raw deflate without matches); at 32 bits float32
+    """
+    numbers = numbers.float().cpu().numpy()
+    header = dict(count=len(numbers), bits=bits, **about)
+    if bits == 32:
+        payload = numbers.astype("<f4").tobytes()
+    else:
+        levels, header["low"], header["scale"] = quantise(numbers, bits)
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        payload = coder.compress(levels.tobytes()) + coder.flush()
+    header = json.dumps(header).encode()
+    blob = MAGIC + len(header).to_bytes(4, "little") + header + payload
     return blob + zlib.crc32(blob).to_bytes(4, "little")
 
 
 def unpack_tokens(blob):
-    """Header and numbers (n,) float32 of the bytes of a .nerv file. Raises: ValueError and its like for any other."""
-    if blob[:len(MAGIC)] != MAGIC:
+    """Header and numbers (n,) float32 of a .nerv file. Raises: ValueError and its like for any other."""
+    if blob[:5] != MAGIC:
         raise ValueError("it does not begin like one")
     if zlib.crc32(blob[:-4]) != int.from_bytes(blob[-4:], "little"):
         raise ValueError("its checksum is wrong: truncated or altered")
-    start = len(MAGIC) + 4 + int.from_bytes(blob[5:9], "little")
-    header, body = json.loads(blob[9:start]), blob[start:-4]
-    count, bits = header["count"], header["bits"]
-    if any(type(v) is not int or v < 1 for v in (count, bits)) or bits > 8 and bits != 32:
+    start = 9 + int.from_bytes(blob[5:9], "little")
+    header = json.loads(blob[9:start])
+    payload = blob[start:-4]
+    count = header["count"]
+    if type(count) is not int or not 0 < count <= LARGEST:
         raise ValueError("its header has impossible sizes")
-    if bits == 32:
-        values = np.frombuffer(body, "<f4").astype(np.float32)
+    if header["bits"] == 32:
+        numbers = np.frombuffer(payload, "<f4").astype(np.float32)
     else:
-        levels = huffman_decode(body[2 ** bits:], body[:2 ** bits], count)
-        values = (levels * float(header["scale"]) + float(header["low"])).astype(np.float32)
-    if len(values) != count or not np.isfinite(values).all():
+        payload = zlib.decompressobj(-15).decompress(payload, count + 1)        # never more memory
+        levels = np.frombuffer(payload, np.uint8)
+        numbers = levels * float(header["scale"]) + float(header["low"])
+        numbers = numbers.astype(np.float32)
+    if len(numbers) != count or not np.isfinite(numbers).all():
         raise ValueError("its tokens are not numbers")
-    return header, torch.from_numpy(values)
+    return header, torch.from_numpy(numbers)
 
 
 def read_nerv(path):
-    """Header and tokens of a .nerv file, parsed as data alone. Raises: SystemExit that says what is wrong with it."""
+    """As `unpack_tokens`, of a file. Raises: SystemExit that says what is wrong with it."""
     try:
         if os.path.getsize(path) > LARGEST:
             raise ValueError("it is larger than any token set")
         with np.errstate(over="ignore", invalid="ignore"):
             return unpack_tokens(Path(path).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise SystemExit(f"{path} cannot be read as a .nerv file ({error}); make it again with --compress") from error
+    except Exception as error:                          # hostile files raise anything
+        raise SystemExit(f"{path} cannot be read as a .nerv file ({error}); make it again with "
+                         "--compress") from error
 
 
-# ---------------------------------------------------------------------------------------------- what the flags do
+def play_numbers(numbers, stages):
+    """The video of a .nerv file's numbers; NeRV-Enc's tokens leave some places unused.
 
-def unseen_clips(cfg, vae):
-    """The clips kept out of training; where none were, all of --data-root. And what to call them."""
-    # Stage 1 left its index of the videos beside its checkpoint.
-    about = replace(vae.cfg, data_root=cfg.data_root or vae.cfg.data_root, out=str(vae.path.parent))
-    clips = build_dataset(about, held_out=True)
-    return (clips, "held-out") if len(clips) else (build_dataset(about), "not held-out")
-
-
-def thumbnails(video, floats):
-    """What as many numbers as the tokens keep without any network: smaller copies, enlarged again.
-
-    For each number of frames t up to T, means over boxes of space and time, t x r x r with the largest r that fits;
-    then back by trilinear interpolation. t = 1 is the mean frame.
-    Shapes: video (k, T, 3, R, R) -> {"t x r x r": (k, T, 3, R, R)}
+    Shapes:  (n,) -> (T, 3, R, R)
     """
-    T, R, x = video.shape[1], video.shape[-1], video.transpose(1, 2)                # (k, 3, T, R, R)
-    sides = {t: min(R, math.isqrt(floats // (3 * t))) for t in range(1, T + 1)}
-    small = {(t, r): F.adaptive_avg_pool3d(x, (t, r, r)) for t, r in sides.items() if r}            # (k, 3, t, r, r)
-    return {f"{t} x {r} x {r}": F.interpolate(thumb, x.shape[2:], mode="trilinear").transpose(1, 2)
-            for (t, r), thumb in small.items()}
+    used = stages.vae.decoder.used                                              # (N, d)
+    tokens = torch.zeros(used.shape, device=used.device)
+    tokens[used] = numbers.to(used.device)
+    return stages.vae.play(tokens[None])[0]
 
 
-def reconstruct(cfg, vae, device, out):
-    """Originals and reconstructions of clips that did not train, as a pair of .npz; PSNR beside that of thumbnails."""
-    clips, which = unseen_clips(cfg, vae)
-    order = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]
-    kinds, shape = ("original", "reconstruction"), (len(order), *clip_shape(vae))
-    settings = dict(clip_settings(vae), pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(order)}", which=which, seed=cfg.seed)
-    stores = [VideoStore(out / f"{kind}.npz", shape, dict(kind=kind, **settings)) for kind in kinds]
-    labels, psnr, done = [int(clips.labels[i]) for i in order], {}, min(store.done for store in stores)
-    for store in stores:
-        store.done = done
-    for first in tqdm(range(done, len(order), cfg.batch), desc="reconstructing", unit="batch"):
-        video = torch.stack([clips[int(i), int(i)][0] for i in order[first:first + cfg.batch]])     # (k, T, 3, H, W)
-        recon = vae.play(vae.encode(degrade(video.to(device), vae.cfg.degrade))[0])                 # (k, T, 3, H, W)
-        for name, code in dict(tokens=recon, **thumbnails(video, vae.decoder.used.sum().item())).items():
-            psnr.setdefault(name, []).extend(psnr_from_mse((code - video).square().mean((2, 3, 4))).mean(1).tolist())
-        stores[0].add(video)
-        stores[1].add(recon)
-    for store in stores:
-        store.close(labels)
-    a, b = (load_videos(out / f"{kind}.npz", 8) for kind in kinds)                  # (8, T, 3, H, W) each
-    labels = [name for name in (*kinds, "difference") for _ in a]
-    save_video(out / "reconstruction.gif", tile(torch.cat([a, b, (a - b).abs() - 1]), len(a), labels), cfg.fps)
-    if psnr:
-        mean = {name: float(np.mean(values)) for name, values in psnr.items()}
-        still, *boxes = list(mean)[1:]
-        best = max(boxes or [still], key=mean.get)
-        print(f"{len(psnr['tokens'])} {which} clips: PSNR {mean['tokens']:.2f} dB (mean over frames, then clips)\n"
-              f"as many numbers as the mean frame, {still}: {mean[still]:.2f} dB; as a thumbnail, {best}: "
-              f"{mean[best]:.2f} dB")
-    print(f"wrote {out}/original.npz, reconstruction.npz and reconstruction.gif (original, reconstruction, difference)")
+# ------------------------------------------------------------------------------------------ how fast
+
+def seconds(call):
+    """Median time of a call, over 3 seconds of them, one at least."""
+    from torch.utils.benchmark import Timer             # warns where there is no CUDA
+    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=3).median
 
 
-def generate(cfg, vae, dit, device, out, how):
-    """n videos into samples.npz, and the first ones as mp4, gif and sheet. Returns the ends of --interp, (2, N, d).
+class Table:
+    """The rows of --bench. Share: of the time that a large matrix product would have taken for it."""
 
-    From classes in turn; or, where the DiT is told of a clip, each from another clip that did not train.
-    """
-    none = len(dit.class_names)
-    labels = pick_labels(cfg.classes, dit.class_names, cfg.n) if dit.cfg.condition == "class" else [none] * cfg.n
-    cond, which = torch.tensor(labels, device=device), ""                           # (n,)
-    if dit.by_tokens:
-        clips, which = unseen_clips(cfg, vae)
-        which = f" of {which} clips"
-        order = np.resize(np.random.default_rng(cfg.seed).permutation(len(clips)), cfg.n)           # (n,), in turn
-    settings = dict(clip_settings(vae), kind="samples", n=cfg.n, seed=cfg.seed, batch=cfg.batch, asked=cfg.classes,
-                    labels_drawn="in turn", dit_sha256=file_hash(cfg.dit), dit_step=dit.step,
-                    condition=dit.cfg.condition + which, **how)
-    store = VideoStore(out / "samples.npz", (cfg.n, *clip_shape(vae)), settings)
+    def __init__(self, device, **about):
+        self.device = device
+        self.gpu = device.type == "cuda"
+        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=self.gpu)
+        peak_memory(device, reset=True)
+        self.idle = peak_memory(device)
+        size = 8192 if self.gpu else 2048
+        x = torch.randn(size, size, device=device)
+        with self.amp:
+            self.product = 2 * size ** 3 / seconds(lambda: x @ x)               # operations a second
+        copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
+        about["device"] = torch.cuda.get_device_name() if self.gpu else "CPU"
+        about["threads"] = torch.get_num_threads()
+        about["matmul_tflop_per_s"] = round(self.product / 1e12, 3)
+        about["copy_gb_per_s"] = round(copy / 1e9, 1)
+        self.rows = [about]
+        print(*(f"{key} {value}" for key, value in about.items()))
+        print(f"{'':<38} params M     TFLOP   latency s  peak GB  share")
 
-    def condition(first, count):                        # of videos first, first + 1, ...
-        if not dit.by_tokens:
-            return cond[first:first + count]                                        # (k,)
-        video = torch.stack([clips[int(v), first + i][0] for i, v in enumerate(order[first:first + count])])
-        return condition_tokens(vae, dit, video.to(device))                         # (k, N, d)
+    def fast(self, module):
+        """The module as it is timed."""
+        if self.gpu:
+            return torch.compile(module)
+        return module
 
-    for first in tqdm(range(store.done, cfg.n, cfg.batch), desc="generating", unit="batch", disable=cfg.n <= cfg.batch):
-        store.add(vae.play(draw_tokens(cfg, dit, condition(first, cfg.batch), first, how)))
-    store.close(labels)
-    for old in out.glob("[0-9][0-9][0-9]_*.mp4"):       # of a run before: others would take them for this one's
-        old.unlink()
-    videos = load_videos(out / "samples.npz", 64)
-    names = [dit.class_names[label] if label < len(dit.class_names) else "video" for label in labels]
-    for i, video in enumerate(videos):
-        save_video(out / f"{i:03d}_{re.sub(r'[^A-Za-z0-9]+', '-', names[i])}.mp4", video, cfg.fps)
-    columns = max(1, round(len(videos) ** 0.5))
-    save_video(out / "samples.gif", tile(videos, columns, names[:len(videos)]), cfg.fps)
-    cells = [f"frame {t}" if t else name for name in names[:len(videos)][:16] for t in range(videos.shape[1])]
-    save_video(out / "samples.png", film_strips(videos[:16], cells))
-    print(f"wrote {cfg.n} videos to {out}/samples.npz, the first {len(videos)} also as mp4, in samples.gif and .png")
-    if cfg.interp or cfg.time_interp or cfg.extrapolate:                            # the two ends of the way
-        pair = [file_tokens(path, vae, device)[0] if path else draw_tokens(cfg, dit, condition(i, 1), i, how)[0]
-                for i, path in ((0, cfg.video_a), (cfg.n - 1, cfg.video_b))]
-        return torch.stack(pair)                                                    # (2, N, d)
+    def module(self, name, module, *inputs):
+        """A row for one call of a module. Returns its operations, two for each multiply-add."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(*inputs)                             # fused attention would not be counted
+        call = self.fast(module)
+        self.row(name, lambda: call(*inputs), counter.get_total_flops(), module)
+        return counter.get_total_flops()
 
-
-def overview(cfg, vae, dit, device, out):
-    """One picture: clips, their reconstructions, and generated videos, of the same classes where clips have them."""
-    clips, _ = unseen_clips(cfg, vae)
-    made = load_videos(out / "samples.npz", 8)                                      # (8, T, 3, H, W), or fewer
-    drawn = np.load(out / "samples.npz")["labels"][:len(made)].tolist()
-    first = [np.flatnonzero(clips.labels == label) for label in drawn]
-    shown = [int(at[0]) if len(at) else i % len(clips) for i, at in enumerate(first)]
-    real = torch.stack([clips[clip, i][0] for i, clip in enumerate(shown)])         # (8, T, 3, H, W)
-    recon = vae.play(vae.encode(real.to(device))[0])                                # (8, T, 3, H, W)
-    labels = [*(clips.classes[clips.labels[clip]] for clip in shown), *["reconstruction"] * len(made),
-              *("generated" if len(at) else "generated: another" for at in first)]
-    save_video(out / "overview.gif", tile(torch.cat([real, recon, made]), len(made), labels), cfg.fps)
-    print(f"wrote {out}/overview.gif: clips over their reconstructions over generated videos")
-
-
-def interpolate(cfg, vae, device, out, tokens):
-    """lambda * a + (1 - lambda) * b on the tokens; kernels go straight, then are normalised (paper Sec. 4.5.2).
-
-    Writes interp.gif and interp.png; returns the latter's sheet, (1, 3, H', W').
-    """
-    a, b = tokens
-    lam = torch.linspace(1, 0, 9, device=device)[:, None, None]                     # (9, 1, 1)
-    videos = vae.play(lam * a + (1 - lam) * b)                                      # (9, T, 3, H, W)
-    labels = [f"lambda {value:.3g}" for value in lam.flatten().tolist()]
-    save_video(out / "interp.gif", tile(videos, 9, labels), cfg.fps)
-    cells = [f"frame {t}" if t else label for t in range(videos.shape[1]) for label in labels]
-    sheet = film_strips(videos.transpose(0, 1), cells)                              # (T, 9, ...): time down
-    save_video(out / "interp.png", sheet)
-    print(f"wrote {out}/interp.gif and interp.png: lambda 1 ... 0 from left to right, time down")
-    return sheet
-
-
-def render_times(cfg, vae, device, out, tokens):
-    """The same weights asked for frames between and beyond the trained ones (paper Sec. 4.5.1, B).
-
-    Writes gifs and pngs; returns time_interp.png's sheet, (1, 3, H', W'), if it was asked for.
-    """
-    T, net, sheet = vae.cfg.frames, vae.decoder.instantiate(tokens[0]), None
-    if cfg.time_interp:
-        frame = torch.arange(T * cfg.time_interp, device=device) / cfg.time_interp                  # 0, 1/8, .. T - 1/8
-        video = net(frame).cpu()                                                    # (8T, 3, H, W)
-        save_video(out / "time_interp.gif", video, cfg.fps * cfg.time_interp)
-        rows = torch.arange(min(4, T - 1))[:, None] * cfg.time_interp + torch.arange(cfg.time_interp + 1)
-        labels = [f"t = {t:.3g}" for t in frame.cpu()[rows.flatten()].tolist()]
-        sheet = tile(video[rows.flatten(), None], cfg.time_interp + 1, labels)
-        save_video(out / "time_interp.png", sheet)
-        print(f"wrote {out}/time_interp.gif, {len(frame)} frames from {T}, and .png: from a trained frame to the next")
-    if cfg.extrapolate:
-        video = net(torch.arange(2 * T, device=device).float()).cpu()               # (2T, 3, H, W)
-        save_video(out / "extrapolate.gif", video, cfg.fps)
-        labels = [f"frame {t}" + " (new)" * (t >= T) for t in range(2 * T)]
-        save_video(out / "extrapolate.png", film_strips(video[None], labels))
-        print(f"wrote {out}/extrapolate.gif and .png: frames 0..{T - 1} are trained, {T}..{2 * T - 1} are not")
-    return sheet
-
-
-def condition_tokens(vae, dit, clips):
-    """What a DiT of --condition frames, image or edge is told of clips. Shapes: (k, T, 3, H, W) -> (k, N, d)."""
-    shown = condition_video(clips, dit.cfg.condition)                               # (k, T, 3, H, W)
-    return (vae.encode(shown)[0] - dit.token_mean) / dit.token_std                  # (k, N, d)
-
-
-def predict(cfg, vae, dit, device, out, how):
-    """Generate from a real video what the DiT was trained to: its future, its motion, or it from its edges."""
-    if not dit.by_tokens:
-        raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}; --predict needs a DiT trained "
-                         "with --condition frames, image or edge")
-    clip = file_tokens(cfg.predict, vae, device)[1]                                 # (T, 3, H, W)
-    shown = condition_video(clip, dit.cfg.condition)                                # (T, 3, H, W)
-    batches = condition_tokens(vae, dit, clip[None].to(device)).expand(cfg.n, -1, -1).split(cfg.batch)
-    videos = torch.cat([vae.play(draw_tokens(cfg, dit, part, i * cfg.batch, how)) for i, part in enumerate(batches)])
-    rows = torch.cat([torch.stack([clip, shown]), videos])                          # (2 + n, T, 3, H, W)
-    names = ["the video", f"shown: {dit.cfg.condition}", *(f"answer {i}" for i in range(cfg.n))]
-    save_video(out / "predict.gif", tile(rows, 6, names), cfg.fps)
-    cells = [f"frame {t}" if t else name for name in names[:8] for t in range(len(clip))]
-    save_video(out / "predict.png", film_strips(rows[:8], cells))
-    print(f"wrote {out}/predict.gif and .png: the video, what was shown ({dit.cfg.condition}), {cfg.n} answers")
-
-
-def compress(cfg, vae, device, out):
-    """The first clip of a video file as a .nerv file; prints what each number of bits would cost and keep."""
-    tokens, clip = file_tokens(cfg.compress, vae, device)                           # (N, d), (T, 3, H, W)
-    if not tokens.isfinite().all():
-        raise SystemExit(f"the tokenizer makes tokens of {cfg.compress} that are not finite; train it again")
-    c, path, used = vae.cfg, out / (Path(cfg.compress).stem + ".nerv"), vae.decoder.used    # used (N, d): all, mostly
-    about = dict(vae_sha256=vae.sha256, frames=c.frames, resolution=c.resolution)
-    blobs = {bits: pack_tokens(tokens[used], bits, **about) for bits in (4, 5, 6, 7, 8, 32)}
-    stored = torch.zeros(len(blobs), *used.shape, device=device)                    # (6, N, d)
-    stored[:, used] = torch.stack([unpack_tokens(blob)[1] for blob in blobs.values()]).to(device)
-    videos = vae.play(stored)                                                       # (6, T, 3, H, W)
-    each = psnr_from_mse((videos - clip).square().mean((2, 3, 4)))                  # (6, T)
-    psnr = dict(zip(blobs, each.mean(1).tolist()))
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        file.write(blobs[cfg.bits])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    names = ["the video", *(f"{bits} bits, {len(blob)} bytes" for bits, blob in blobs.items())]
-    cells = [f"frame {t}" if t else name for name in names for t in range(c.frames)]
-    save_video(out / "compress.png", film_strips(torch.cat([clip[None], videos]), cells))
-    print(" bits    bytes   bits/pixel   PSNR dB   lost dB")
-    for bits, blob in blobs.items():
-        print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / (c.frames * c.resolution ** 2):12.4f} {psnr[bits]:9.2f} "
-              f"{psnr[32] - psnr[bits]:9.3f}")
-    print(f"wrote {path} at {cfg.bits} bits: {c.frames} frames of {c.resolution} x {c.resolution}; and compress.png")
-
-
-def decompress(cfg, vae, vae_path, device, out):
-    """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
-    header, values = read_nerv(cfg.decompress)                                      # values (n,)
-    made_by, c = str(header.get("vae_sha256")), vae.cfg
-    if made_by != vae.sha256:
-        raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae_path} (its sha256 starts "
-                         f"{made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one with --vae")
-    used = vae.decoder.used                                                         # (N, d)
-    if len(values) != used.sum():
-        raise SystemExit(f"{cfg.decompress} has {len(values)} numbers, {vae_path} takes {int(used.sum())}")
-    tokens = torch.zeros(used.shape, device=device).masked_scatter(used, values.to(device))         # (N, d)
-    video = vae.decode(tokens[None], torch.arange(c.frames, device=device).float())[0].cpu()        # (T, 3, H, W)
-    path = out / Path(cfg.decompress).name              # clip.nerv.mp4: clip.mp4 may be the original in the same folder
-    for suffix in (".mp4", ".gif"):
-        save_video(path.with_name(path.name + suffix), video, cfg.fps)
-    print(f"wrote {path}.mp4 and .gif: {c.frames} frames of {c.resolution} x {c.resolution}")
-
-
-def export(name, vae, dit):
-    """The averaged weights of both stages in half precision, without optimizer state: small enough to hand on."""
-    half = lambda model: {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    paths = [Path(f"{name}-{stage}.pt") for stage in ("vae", "dit")]
-    written = save_checkpoint(paths[0], dict(config=asdict(vae.cfg), classes=vae.classes, step=vae.step,
-                                             made_by=nerv_vae.MADE_BY, ema=half(vae)))
-    written = written and save_checkpoint(paths[1], dict(
-        config=asdict(replace(dit.cfg, vae=str(paths[0]))), classes=dit.class_names, step=dit.step, ema=half(dit),
-        made_by=nerv_dit.MADE_BY, vae_sha256=file_hash(paths[0]), tokens=list(dit.token_mean.shape)))
-    if not written:
-        raise SystemExit(f"--export {name} failed")
-    print(f"wrote {paths[0]} and {paths[1]}, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB; "
-          f"use them with --weights {name}")
-
-
-# ---------------------------------------------------------------------------------------------- how fast; skip it
-
-def encoder_flops(c):
-    """Of NeRVEncoder for one clip, two for each multiply-add, counted from its layers."""
-    patches, dim = c.frames // c.patch_frames * (c.resolution // c.patch) ** 2, c.enc_dim
-    L = patches + c.tokens                              # 24 L dim^2: qkv, proj and mlp have 3 + 1 + 4 + 4 dim^2 weights
-    blocks = c.enc_depth * (24 * L * dim ** 2 + 4 * L ** 2 * dim)
-    return blocks + 6 * patches * c.patch_frames * c.patch ** 2 * dim + 4 * c.tokens * dim * c.token_dim
-
-
-def dit_flops(c, N, d):
-    """Of one pass of DiT over one token set with a class condition."""
-    blocks = c.depth * (24 * N * c.dim ** 2 + 4 * N ** 2 * c.dim + 12 * c.dim ** 2)
-    return blocks + 4 * N * d * c.dim + 2 * (256 * c.dim + c.dim ** 2) + 4 * c.dim ** 2
-
-
-def peak_memory(device, reset=False):
-    """Peak bytes since the last reset: of CUDA's allocator, of this process on Linux, 0 where neither can be asked."""
-    if device.type == "cuda":
-        return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated()
-    try:
-        if reset:
-            if nerv_vae.LIBC:
-                nerv_vae.LIBC.malloc_trim(0)            # pick_device told it to keep what is freed
-            return Path("/proc/self/clear_refs").write_text("5")                    # VmHWM falls to what is in use now
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    except OSError:
-        return 0
-
-
-def measure(call, device, budget):
-    """Call it until `budget` seconds or 100 times are over, twice at least. Returns the first time and the others."""
-    sync, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    peak_memory(device, reset=True)
-    while len(times) < 2 or sum(times) < budget and len(times) < 101:
-        sync()
-        start = time.perf_counter()
-        call()
-        sync()
-        times.append(time.perf_counter() - start)
-    return times[0], times[1:]
-
-
-def bench(cfg, device, out, c, dc):
-    """Time every part at the sizes of c (stage 1) and dc (stage 2) with random weights, against this machine's ceiling.
-
-    The ceiling is the larger of two times: operations at the rate of one large matrix product (the better of two
-    libraries' forms), and bytes at the rate of one large copy, all timed here. The bytes are those that no program can
-    avoid: weights, input and output once (9 times the weights in a training step: two passes, gradients, AdamW). Memory
-    is what comes on top of an idle process.
-    Source: paper Tables A2, A3, E.16. Departs: the median of at most 100 calls in 15 s, E.1 averages 100; no LPIPS and
-            no GAN; bfloat16 autocast and torch.compile on CUDA only
-    """
-    gpu, B, up, rows = device.type == "cuda", cfg.batch, c.resolution // c.pe_size, []
-    compiled, dtype = torch.compile if gpu else lambda f: f, torch.bfloat16 if gpu else torch.float32
-    amp, n = torch.autocast(device.type, torch.bfloat16, enabled=gpu), 8192 if gpu else 2048
-    peak_memory(device, reset=True)
-    idle, size = peak_memory(device), lambda module: sum(p.numel() for p in module.parameters())
-    x, y = torch.randn(2, n, n, device=device, dtype=dtype)
-    product = 2 * n ** 3 / min(measure(lambda: x @ y, device, 3)[1])                # FLOP/s
-    x = x.view(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)     # the same product as a 1 x 1
-    y = y.view(n, n, 1, 1).contiguous(memory_format=torch.channels_last)            # convolution: another library's
-    conv = 2 * n ** 3 / min(measure(lambda: torch.conv2d(x, y), device, 3)[1])
-    matmul = max(product, conv)
-    x, y = torch.zeros(2, 2 ** 28 if gpu else 2 ** 26, device=device)
-    copy = 8 * x.numel() / min(measure(lambda: x.copy_(y), device, 3)[1])           # bytes/s, read and written
-    del x, y
-    machine = dict(device=torch.cuda.get_device_name() if gpu else "CPU", threads=torch.get_num_threads(), batch=B,
-                   model=c.model, resolution=c.resolution, dtype=str(dtype), torch=torch.__version__,
-                   matmul_tflop_per_s=product / 1e12, conv1x1_tflop_per_s=conv / 1e12, copy_gb_per_s=copy / 1e9)
-    print(*(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()))
-    print(f"{'':<42}  params M tokens     TFLOP   latency s  compile s  peak GB  share  calls")
-
-    def row(name, call, flop, weights, moved=0, scale=1):
-        """The thing takes `scale` times as long as the call, and moves `moved` bytes besides its weights."""
-        first, times = measure(call, device, 15)
-        latency, floor = scale * float(np.median(times)), max(flop / matmul, (4 * weights + moved) / copy)
-        rows.append(dict(name=name, params=weights, tokens=c.tokens, tflop=flop / 1e12, latency_s=latency,
-                         compile_s=first - times[0] if gpu else 0.0, peak_gb=(peak_memory(device) - idle) / 1e9,
-                         floor_s=floor, share=floor / latency, calls=len(times), scale=scale))
-        r = rows[-1]
-        print(f"{name:<42} {weights / 1e6:9.3f} {c.tokens:6d} {r['tflop']:9.3f} {latency:11.4f} {r['compile_s']:10.1f} "
-              f"{r['peak_gb']:8.2f} {r['share']:6.1%} {len(times):6d}", flush=True)
-
-    def training(name, model, loss, flop):
+    def training(self, name, model, loss, flop):
+        """A row for one training step, whose backward pass is two forward ones."""
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step():
             opt.zero_grad(set_to_none=True)
-            with amp:
-                value = loss()
-            value.backward()
+            with torch.enable_grad():
+                loss().backward()
             opt.step()
-        row(name, step, flop, size(model), moved=32 * size(model))
 
-    frame, z = torch.arange(c.frames, device=device).float(), torch.randn(B, c.tokens, c.token_dim, device=device)
-    video = torch.rand(B, c.frames, 3, c.resolution, c.resolution, device=device) * 2 - 1
-    vae = nerv_vae.NeRVVAE(c).to(device)
-    encode, decode, pixels = compiled(vae.encoder), compiled(vae.decoder), 4 * video[0].numel()
-    one, clip = size(vae.decoder), c.frames * sum(map(flops, vae.decoder.layers))   # weights; operations for a clip
-    vae.eval()
-    with torch.no_grad(), amp:
-        net = vae.decoder.instantiate(z[0])
-        fast, own = compiled(net), sum(b.numel() for b in net.buffers())            # own: without the affine heads
-        row("decode", lambda: decode(z, frame), B * clip, one, B * pixels)
-        # One frame at a time on a CPU, whose caches then hold the feature maps; all at once on a GPU.
-        row("decode one clip, instantiated", lambda: [fast(f) for f in frame.split(c.frames if gpu else 1)], clip, own,
-            pixels)
-        if 720 % up == 0:                               # convolutions do not mind the grid: at 128, 45 x 80 cells of 16
-            x = positional_embedding(frame[:1], 1280 // up, c.pe_dim, c.pe_base)[:, :, :720 // up]  # (1, 48, 45, 80)
-            x = x.contiguous(memory_format=torch.channels_last)
-            row("one frame of 1280 x 720, instantiated", lambda: render(net.layers, net.convs, x, c.side),
-                clip / c.frames * 1280 * 720 / c.resolution ** 2, own, 12 * 1280 * 720)
-        row("encode", lambda: encode(video), B * encoder_flops(c), size(vae.encoder), B * pixels)
-    z16 = torch.randn(16, c.tokens, c.token_dim, device=device)
-    for form, assemble in (("factored", False), ("a kernel each", True)):           # a training step, no optimizer
-        twin = GenerativeNeRV(c).to(device)
-        for conv in twin.convs:
-            conv.assemble = assemble
-        row(f"decoder fp32 16 x 1 frames, {form}", lambda: twin(z16, frame[:1]).square().mean().backward(),
-            48 * clip / c.frames, one, 8 * one)
-    del twin
-    vae.train()
+        self.row(name, step, 3 * flop, model)
 
-    def vae_loss():
-        mean, logvar = encode(video)
-        recon = decode(mean + (logvar / 2).exp() * torch.randn_like(mean), frame)
-        return (recon.float() - video).square().mean() + c.kl_weight * nerv_vae.kl_divergence(mean, logvar).sum() / B
-    training("training step, stage 1", vae, vae_loss, 3 * B * (clip + encoder_flops(c)))
-    del vae, encode, decode, net, fast
-    dit, cond = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device), torch.zeros(B, device=device, dtype=torch.long)
-    fast, t, schedule = compiled(dit), torch.full((B,), 500, device=device), nerv_dit.noise_schedule(device)
-    each = dit_flops(dc, c.tokens, c.token_dim)
-    noise = torch.randn(2, *z.shape, device=device)
-    training("training step, stage 2", dit, lambda: nerv_dit.diffusion_loss(fast, z, noise, t, cond, schedule, 5.0),
-             3 * B * each)
-    if gpu:
-        dit.compile(mode="reduce-overhead")             # as sampling does
-    for sampler, steps in (("ddpm", 250), ("ddim", 50)):
-        timed = steps if gpu else 2
-        with amp:
-            row(f"{steps} {sampler} steps, guidance 2" + (f" (2 timed, x {steps // 2})" if timed < steps else ""),
-                lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0), steps * 2 * B * each, size(dit),
-                4 * size(dit) * (steps - 1), steps // timed)
-    (out / "bench.json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
-    print(f"wrote {out}/bench.json")
+    def row(self, name, call, flop, model, times=1):
+        """Time a call that is 1 / times of the thing. Memory: what comes on top of an idle process."""
+        weights = sum(tensor.numel() for tensor in model.state_dict().values())
+        peak_memory(self.device, reset=True)
+        with self.amp:
+            if self.gpu:
+                call()                                  # compiles
+            latency = times * seconds(call)
+        peak = (peak_memory(self.device) - self.idle) / 1e9
+        share = flop / self.product / latency
+        self.rows.append(dict(name=name, params=weights, tflop=flop / 1e12, latency_s=latency,
+                              peak_gb=peak, share=share))
+        print(f"{name:<38} {weights / 1e6:8.3f} {flop / 1e12:9.3f} {latency:11.4f} {peak:8.2f} "
+              f"{share:6.1%}", flush=True)
 
 
-def main(argv=None):
-    """Command line of sample.py. Returns the folder written to."""
-    cfg, device = parse_config(Config, {}, argv), pick_device()
-    if cfg.device == "cuda" and device.type != "cuda":
-        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = torch.device("cpu") if cfg.device == "cpu" else device
-    if cfg.batch < 0 or cfg.n < 1:
-        raise SystemExit(f"--batch {cfg.batch} --n {cfg.n}: give numbers of videos, 1 or more")
-    cfg = replace(cfg, batch=cfg.batch or (1 if cfg.bench else 16))
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.bench:
-        row = "ucf256" if cfg.resolution == 256 else "ucf"
-        stage1 = {**nerv_vae.PRESETS[row], "model": cfg.model, "checkpointing": False}
-        bench(cfg, device, out, nerv_vae.Config(**stage1),
-              nerv_dit.Config(**nerv_dit.PRESETS[row]))
-        return out
-    with torch.no_grad():
-        if cfg.reconstruct or cfg.compress or cfg.decompress:
-            path = f"{cfg.weights}-vae.pt" if cfg.weights else cfg.vae or "out/vae/ckpt.pt"
-            vae = load_vae(path, device)
-            vae.path, vae.sha256 = Path(path), file_hash(path)
-            if cfg.reconstruct:
-                reconstruct(cfg, vae, device, out)
-            if cfg.compress:
-                compress(cfg, vae, device, out)
-            if cfg.decompress:
-                decompress(cfg, vae, path, device, out)
-            return out
-        if cfg.weights:
-            cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
-        if not Path(cfg.dit).is_file():
-            raise SystemExit(f"no checkpoint at {cfg.dit}; make it with: python nerv_vae.py && python nerv_dit.py; or "
-                             "see what came of the built-in data, with --weights assets/toy")
-        dit = load_dit(cfg.dit, device)
-        path = cfg.vae or dit.cfg.vae
-        vae = load_vae(path, device)
-        vae.path, vae.sha256 = Path(path), file_hash(path)
-        if vae.sha256 != dit.vae_sha256:
-            raise SystemExit(f"{cfg.dit} was trained on the tokens of another tokenizer than {path} (its sha256 starts "
-                             f"{dit.vae_sha256[:12]}, not {vae.sha256[:12]}); give that one with --vae, or train "
-                             "again: python nerv_dit.py --no-resume")
-        if cfg.export:
-            export(cfg.export, vae, dit)
-            return out
-        if cfg.compile and device.type == "cuda":
-            dit.compile(mode="reduce-overhead")
-        guidance = cfg.guidance or (1.0 if dit.cfg.condition != "class" else dit.cfg.guidance)
-        how = dict(sampler=dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler,
-                   sample_steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
-        if dit.by_tokens and guidance != 1:
-            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}, guidance exaggerates a "
-                             "class: give --guidance 1, or leave it out")
-        if cfg.predict:
-            predict(cfg, vae, dit, device, out, how)
-            return out
-        tokens = generate(cfg, vae, dit, device, out, how)
-        if cfg.overview:
-            overview(cfg, vae, dit, device, out)
-        sheets = [interpolate(cfg, vae, device, out, tokens)] if cfg.interp else []
-        if cfg.time_interp or cfg.extrapolate:
-            sheets.append(render_times(cfg, vae, device, out, tokens))
-        if cfg.interp and cfg.time_interp:              # weights above, time below
-            widest = max(sheet.shape[-1] for sheet in sheets)
-            sheets = [F.pad(sheet, (0, widest - sheet.shape[-1]), value=1) for sheet in sheets]
-            save_video(out / "interpolation.png", torch.cat(sheets, 2))
-            print(f"wrote {out}/interpolation.png: both on one sheet")
-    return out
+def peak_memory(device, reset=False):
+    """Peak bytes since the last reset: of CUDA's allocator, or of this process on Linux, else 0."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")                       # VmHWM falls
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":
