@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -166,19 +167,19 @@ class VideoFolder:
                 train.append(path)
             else:
                 others.append(path)
-        if not train:
-            raise SystemExit(f"--data-root {root}: of {len(found)} videos none in the groups of --split "
-                             f"{cfg.split} is readable and has {span} frames; {TREE}")
         self.classes = sorted({class_of(path) for path in train})
-        self.files = train
-        if held_out:
-            self.files = [path for path in others if class_of(path) in self.classes]
         for path in others:
             if class_of(path) not in self.classes:
                 left_out["of a class that does not train"].append(class_of(path))
         if left_out and not held_out:
-            told = "; ".join(f"{len(names)} {why} {names[:3]}" for why, names in left_out.items())
-            print(f"{root}: left out {told}; {cfg.out}/index.json has every video")
+            told = [f"{len(n)} {why} {sorted(set(n))[:3]}" for why, n in left_out.items()]
+            print(f"{root}: left out {'; '.join(told)}; {cfg.out}/index.json has every video")
+        if not train:
+            raise SystemExit(f"--data-root {root}: of {len(found)} videos none in the groups of --split "
+                             f"{cfg.split} is readable and has {span} frames; {TREE}")
+        self.files = train
+        if held_out:
+            self.files = [path for path in others if class_of(path) in self.classes]
         self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], dtype=int)
         self.lengths = np.array([index[path]["frames"] for path in self.files], dtype=int)
         self.keys = [index[path]["keys"] for path in self.files]
@@ -202,7 +203,7 @@ class VideoFolder:
             if mirrored:
                 clip = clip.flip(-1)
             return clip, int(self.labels[i])
-        raise SystemExit(f"ten videos in a row could not be read; the last: {problem}")
+        raise Unreadable(f"ten videos in a row could not be read; the last: {problem}")
 
     def draw(self, i, rng):
         """Which clip of video i: its first frame, stride, and whether it is mirrored."""
@@ -257,7 +258,10 @@ class ClipsInMemory:
 
     def load(self, i, stop):
         """Decode video i into its place."""
-        video = self.dataset.whole(i, stop)
+        try:
+            video = self.dataset.whole(i, stop)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         self.pixels[self.first[i]:self.first[i] + len(video)] = video
 
     def batch(self, keys):
@@ -375,7 +379,8 @@ class Videos:
         self.about = json.loads(fresh)                  # as it will be read back
         old = read_checked(self.about_path)
         if old:
-            if all(old[key] == self.about[key] for key in ("settings", "classes")):
+            same = all(old[key] == self.about[key] for key in ("settings", "classes"))
+            if same and self.path.exists():
                 self.about = old
         elif self.path.exists() or self.about_path.exists():
             raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
@@ -476,16 +481,22 @@ def parse_config(cls, presets, argv=None, dataset=None):
         parser.set_defaults(**presets.get(row, {}))
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        choices = re.match(r"([\w.]+(\|[\w.]+)+):", notes[name])
-        limits = re.match(r"(-?[\d.]*\d)\.\.(-?[\d.]*\d)?:", notes[name])
-        wrong = isinstance(value, float) and not math.isfinite(value)
-        if choices:
-            wrong = str(value) not in choices[1].split("|")
-        elif limits:
-            wrong |= not float(limits[1]) <= value <= float(limits[2] or "inf")
-        if wrong:
+        if not allowed(value, notes[name]):
             parser.error(f"--{name.replace('_', '-')} {value!r}: {notes[name]}")
     return cls(**values)
+
+
+def allowed(value, note):
+    """Whether a setting is one of `a|b|c:` or within `lo..hi:`, if its comment starts so; nan and inf never are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    choices = re.match(r"([\w.]+(\|[\w.]+)+):", note)
+    if choices:
+        return str(value) in choices[1].split("|")
+    limits = re.match(r"(-?[\d.]*\d)\.\.(-?[\d.]*\d)?:", note)
+    if limits:
+        return float(limits[1]) <= value <= float(limits[2] or "inf")
+    return True
 
 
 # ------------------------------------------------------------------------------------------ finding videos
@@ -542,10 +553,10 @@ def find_videos(cfg):
 
 
 def class_of(path):
-    """The class of a video: the name of its folder, whatever Unicode form and bytes it is stored in."""
+    """The class of a video: the name of its folder on one line, in whatever Unicode form it is stored."""
     name = os.path.basename(os.path.dirname(os.path.abspath(path)))
     name = os.fsencode(name).decode("utf-8", "replace")
-    return unicodedata.normalize("NFC", name)
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def group_of(path, root):
@@ -756,6 +767,13 @@ def shrink(image, resolution):
 
 # ------------------------------------------------------------------------------------------ files and processes
 
+class Unreadable(SystemExit, Exception):
+    """An end in one line, also where a loader process passes it on with a whole traceback as its text."""
+
+    def __init__(self, told):
+        super().__init__(told.strip().split("\n")[-1])
+
+
 @contextlib.contextmanager
 def one_line(path):
     """A disk that is full or cannot be written ends the program in one line."""
@@ -799,17 +817,20 @@ def append(path, rows, done):
 
     Ordinary writes: a full disk is an OSError, where a memory map would end the process with SIGBUS
     """
+    header = io.BytesIO()
     about = np.lib.format.header_data_from_array_1_0(rows)
     about["shape"] = (done + len(rows), *rows.shape[1:])
+    np.lib.format.write_array_header_1_0(header, about)             # of one length for any count
+    start = header.tell() + done * rows[0].nbytes
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+b" if done else "wb") as file:
-        np.lib.format.write_array_header_1_0(file, about)           # of one length for any count
-        start = file.tell() + done * rows[0].nbytes
-        if file.seek(0, os.SEEK_END) < start:
+        if done and file.seek(0, os.SEEK_END) < start:
             raise OSError("it is shorter than its .json says; move both away")
         file.truncate(start)
         file.seek(start)
         file.write(rows.tobytes())
+        file.seek(0)
+        file.write(header.getvalue())
 
 
 def file_hash(path):
@@ -919,8 +940,9 @@ def tile(videos, columns, labels=()):
     corners = [(border + i % columns * (W + border), i // columns * (H + top)) for i in range(n)]
     for (x, y), label in zip(corners, labels):
         label = label[:W // 5]
-        size = min(letters, letters * W / pen.textlength(label, ImageFont.load_default(letters)))
-        pen.text((x, y + top - 2), label, fill=0, font=ImageFont.load_default(size), anchor="ld")
+        wide = pen.textlength(label, ImageFont.load_default(letters))
+        font = ImageFont.load_default(letters * W / max(W, wide))
+        pen.text((x, y + top - 2), label, fill=0, font=font, anchor="ld")
     sheet = torch.from_numpy(np.array(paper)) / 127.5 - 1                           # (H', W')
     sheet = sheet.repeat(T, 3, 1, 1)
     for (x, y), video in zip(corners, videos):
@@ -990,8 +1012,9 @@ def write_page(folder, title, settings):
             with contextlib.suppress(ValueError):       # a stop may cut the last line off
                 rows.append(json.loads(line, parse_constant=lambda name: None))     # nan is no JSON
     sheet = None
-    if (folder / "interp_sheet.png").exists():
-        sheet = json.loads((folder / "interp_sheet.json").read_text())
+    about = folder / "interp_sheet.json"
+    if about.exists() and about.with_suffix(".png").exists():
+        sheet = json.loads(about.read_text())
     step = len(rows) // 500 + 1                         # more points than a screen has are of no use
     about = dict(title=title, settings={key: str(value) for key, value in settings.items()},
                  files=[path.name for path in files], rows=rows[::-step][::-1], sheet=sheet)
