@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -302,12 +302,11 @@ def bench(cfg, stages):
              GAN; bfloat16 and torch.compile on CUDA only
     """
     device = stages.device
-    gpu = device.type == "cuda"
     B = cfg.batch or 1
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
     dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
-    table = Table(device, model=c.model, resolution=c.resolution, batch=B)
+    table = Table(device, f"{c.model}, {c.resolution} x {c.resolution}, batch {B}")
     vae = nerv_vae.NeRVVAE(c).to(device).eval()
     video = torch.zeros(B, c.frames, 3, c.resolution, c.resolution, device=device)
     z = torch.randn(B, c.tokens, c.token_dim, device=device)
@@ -316,44 +315,37 @@ def bench(cfg, stages):
     encoding = table.module("encode", vae.encoder, video)
     decoding = table.module("decode", vae.decoder, z, frame)
     net = vae.decoder.instantiate(z[0])
-    play = table.fast(net)
-    parts = frame.split(c.frames if gpu else 1)         # a CPU's caches hold one frame's maps
-    table.row("decode one clip, instantiated", lambda: [play(part) for part in parts],
-              decoding / B, net)
+    table.module("decode one clip, instantiated", net, frame)
     cell = c.resolution // c.pe_size                    # convolutions do not mind the grid's size
     x = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]       # (1, 48, 45, 80)
     x = x.contiguous(memory_format=torch.channels_last)
-    pixels = x[0, 0].numel() * cell ** 2
-    table.row(f"one frame of {pixels} pixels, instantiated",
+    table.row(f"one frame of 1280 x {x.shape[2] * cell}, instantiated", net,
               lambda: render(net.layers, net.convs, x, c.side),
-              decoding / B / c.frames * pixels / c.resolution ** 2, net)
-    autoencode = table.fast(vae.train())
+              decoding / B / c.frames * x[0, 0].numel() / c.pe_size ** 2)
 
     def stage1():
-        recon, mean, logvar = autoencode(video, frame, z)
+        recon, mean, logvar = vae(video, frame, z)
         return F.mse_loss(recon, video) + nerv_vae.kl_divergence(mean, logvar).mean()
 
-    table.training("training step, stage 1", vae, stage1, encoding + decoding)
+    table.training("training step, stage 1", vae.train(), stage1, encoding + decoding)
     dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
     t = torch.full((B,), 500, device=device)
     cond = torch.zeros_like(t)
     noise = torch.randn(2, *z.shape, device=device)
     denoising = table.module("one pass of DiT", dit, z, t, cond)
-    denoise = table.fast(dit)
     schedule = nerv_dit.noise_schedule(device)
 
     def stage2():
-        return nerv_dit.diffusion_loss(denoise, z, noise, t, cond, schedule, dc.min_snr_gamma)
+        return nerv_dit.diffusion_loss(dit, z, noise, t, cond, schedule, dc.min_snr_gamma)
 
     table.training("training step, stage 2", dit, stage2, denoising)
     ready_to_sample(dit, cfg, device)
     for sampler, steps in (("ddpm", 250), ("ddim", 50)):
-        timed = steps if gpu else 2
-        table.row(f"{steps} {sampler} steps, guidance 2",
+        timed = steps if device.type == "cuda" else 2
+        table.row(f"{steps} {sampler} steps, guidance 2", dit,
                   lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0),
-                  2 * steps * denoising, dit, steps // timed)
+                  2 * steps * denoising, steps // timed)
     data.write_file(stages.out / "bench.json", json.dumps(table.rows, indent=1).encode())
-    print(f"wrote {stages.out}/bench.json")
 
 
 # flag: what it calls, and what must be loaded for it; "samples" are those of the same command
@@ -401,32 +393,30 @@ class Asked:
     """
 
     def __init__(self, cfg, stages, n):
-        self.stages = stages
-        self.clips = None
-        dit = stages.dit
-        self.condition = dit.cfg.condition
+        self.vae = stages.vae
+        self.dit = stages.dit
+        self.condition = self.dit.cfg.condition
         self.classes = ["video"]
         self.labels = np.zeros(n, int)
-        self.told = torch.full((n,), len(dit.class_names))                      # no class
+        self.told = self.dit.label.weight.new_full((n,), self.dit.classes, dtype=torch.long)
         if self.condition == "class":
-            self.classes = dit.class_names
+            self.classes = self.dit.class_names
             self.labels = pick_labels(cfg.classes, self.classes, n)
-            self.told = torch.from_numpy(self.labels)
-        elif dit.by_tokens:
-            self.clips, which = unseen_clips(cfg, stages.vae)
+            self.told = self.told.new_tensor(self.labels)
+        elif self.dit.by_tokens:
+            self.clips, which = unseen_clips(cfg, self.vae)
             order = np.random.default_rng(cfg.seed).permutation(len(self.clips))
-            self.order = np.resize(order, n).tolist()                           # in turn
+            self.keys = [(int(i), seed) for seed, i in enumerate(np.resize(order, n))]      # in turn
             self.classes = self.clips.classes
-            self.labels = self.clips.labels[self.order]
-            self.condition = f"{self.condition} of {which} clips"
+            self.labels = self.clips.labels[np.resize(order, n)]
+            self.condition += f" of {which} clips"
 
     def __getitem__(self, part):
-        if self.clips is None:
-            return self.told[part].to(self.stages.device)                       # (k,)
-        keys = list(enumerate(self.order))[part]        # a clip that comes again shows other frames
-        video = torch.stack([self.clips[i, seed][0] for seed, i in keys])       # (k, T, 3, R, R)
-        shown = data.condition_video(video, self.stages.dit.cfg.condition)
-        return self.stages.vae.encode(shown.to(self.stages.device))[0]          # (k, N, d)
+        if not self.dit.by_tokens:
+            return self.told[part]                                              # (k,)
+        video = torch.stack([self.clips[key][0] for key in self.keys[part]])    # (k, T, 3, R, R)
+        shown = data.condition_video(video.to(self.told.device), self.dit.cfg.condition)
+        return self.vae.encode(shown)[0]                                        # (k, N, d)
 
 
 def pick_labels(wanted, names, n):
@@ -504,8 +494,8 @@ def unseen_clips(cfg, vae):
         about = replace(about, data_root=cfg.data_root)
         known = data.read_checked(home / "index.json")
         root, files, _ = data.find_videos(about)
-        names = {str(path.relative_to(root)): path.stat().st_size for path in files}
-        if known and not any(known.get(name, {}).get("size") == names[name] for name in names):
+        sizes = {str(path.relative_to(root)): path.stat().st_size for path in files}
+        if known and not any(known[name]["size"] == sizes[name] for name in known.keys() & sizes):
             return data.build_dataset(replace(about, split="all", out=cfg.out)), "unseen"
     clips = data.build_dataset(about, held_out=True)
     if len(clips):
@@ -535,30 +525,23 @@ def load(cfg, needs):
         return Stages(device, out)
     if not needs & {"both", "samples"}:
         return Stages(device, out, nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device))
-    if not Path(cfg.dit).is_file():
-        raise SystemExit(f"no checkpoint at {cfg.dit}; make it with: python nerv_vae.py && python "
-                         "nerv_dit.py; or see what came of the toy clips, with --weights assets/toy")
     dit = nerv_dit.load_dit(cfg.dit, device)
-    path = cfg.vae or dit.cfg.vae
-    if not Path(path).is_file():
-        raise SystemExit(f"no tokenizer at {path}; say with --vae where the one of {cfg.dit} is")
-    vae = nerv_vae.load_vae(path, device)
+    vae = nerv_vae.load_vae(cfg.vae or dit.cfg.vae, device)
     if vae.sha256 != dit.vae_sha256:
-        raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {path} (its sha256 "
+        raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path} (its sha256 "
                          f"starts {dit.vae_sha256[:12]}, not {vae.sha256[:12]}); say with --vae "
                          "where that one is")
-    guidance = cfg.guidance or dit.cfg.guidance
+    how = dict(sampler=dit.cfg.sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
+               guidance=cfg.guidance or dit.cfg.guidance)
+    if cfg.sampler != "auto":
+        how["sampler"] = cfg.sampler
     if dit.cfg.condition != "class":
         if cfg.classes or cfg.guidance not in (0, 1):
             raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has no "
-                             "classes to choose or to exaggerate; leave out --classes, --guidance")
-        guidance = 1.0
-    sampler = dit.cfg.sampler
-    if cfg.sampler != "auto":
-        sampler = cfg.sampler
+                             "classes to choose or exaggerate; leave out --classes and --guidance")
+        how["guidance"] = 1.0
     if not cfg.export:
         ready_to_sample(dit, cfg, device)
-    how = dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps, guidance=guidance)
     return Stages(device, out, vae, dit, how)
 
 
@@ -567,22 +550,17 @@ def ready_to_sample(dit, cfg, device):
 
     Buffers and the state of the sampler stay float32.
     """
-    if device.type == "cuda":
-        for parameter in dit.parameters():
-            parameter.data = parameter.data.bfloat16()
-        if cfg.compile and can_compile(device):
+    if device.type != "cuda":
+        return
+    for parameter in dit.parameters():
+        parameter.data = parameter.data.bfloat16()
+    if cfg.compile:
+        try:                                            # a C compiler or Python's headers may be missing
+            torch.compile(torch.square)(torch.ones(1, device=device))
             dit.denoise = torch.compile(dit.denoise, mode="reduce-overhead")
-
-
-def can_compile(device):
-    """Whether torch.compile works here, which needs a C compiler and Python's headers."""
-    try:
-        torch.compile(torch.square)(torch.ones(1, device=device))
-    except Exception as error:                          # one for each part that may be missing
-        reason = str(error).strip().split("\n")[0]
-        print(f"torch.compile does not work here ({reason}): the same samples, but slower")
-        return False
-    return True
+        except Exception as error:                      # one for each part of the compiler
+            reason = str(error).strip().split("\n")[0]
+            print(f"torch.compile does not work here ({reason}): the same samples, but slower")
 
 
 def write_half(path, model, **about):
@@ -627,12 +605,10 @@ def show_pair(cfg, out, which):
     b = Videos.open(out / "reconstruction.npy")
     quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
     print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
-    shown = range(min(8, len(a)))
-    first = torch.stack([a[i, 0][0] for i in shown])                            # (8, T, 3, R, R)
-    second = torch.stack([b[i, 0][0] for i in shown])
-    videos = torch.cat([first, second, (first - second).abs() - 1])
-    labels = [name for name in ("original", "reconstruction", "difference") for _ in shown]
-    save_video(out / "reconstruction.gif", tile(videos, len(first), labels), cfg.fps)
+    k = min(8, len(a))
+    videos = torch.stack([side[i, 0][0] for side in (a, b) for i in range(k)])  # (2k, T, 3, R, R)
+    labels = ["original"] * k + ["reconstruction"] * k
+    save_video(out / "reconstruction.gif", tile(videos, k, labels), cfg.fps)
     print(f"wrote {out}/original.npy, reconstruction.npy and reconstruction.gif")
 
 
@@ -645,13 +621,12 @@ def strips(videos, names):
     return tile(videos.flatten(0, 1)[:, None], T, labels)
 
 
-NIGHT = (13, 17, 23)
-CARD = (24, 30, 39)
-RAIL = (48, 54, 61)
-GREY = (139, 148, 158)
-PALE = (230, 237, 243)
-WARM = (255, 158, 66)               # tokens above 0, and what is done of the way
-COLD = (66, 165, 255)               # tokens below 0
+NIGHT = "#0d1117"
+CARD = "#181e27"
+GREY = "#8b949e"
+PALE = "#e6edf3"
+WARM = "#ff9e42"                    # tokens above 0, and what is done of the way
+COLD = "#42a5ff"                    # tokens below 0
 
 
 def film_sheet(tokens, videos, names, done):
@@ -659,59 +634,52 @@ def film_sheet(tokens, videos, names, done):
 
     Shapes:  tokens (n, N, d), videos (n, 3, R, R), done in 0..1 of the way -> (H', W', 3) uint8
     """
-    side = 128                                          # of a picture, in pixels as all lengths here
-    gap = 24
+    side = 128                                          # of a picture, in pixels as all lengths
     space = 12
-    head = 60
+    width = 2 * side + 4 * space                        # of a card
+    height = side + 54
     font = ImageFont.load_default(28)
     columns = min(len(names), 3)
-    card = (2 * side + gap + 2 * space, 42 + side + space)
-    width = space + columns * (card[0] + space)
-    height = head - (-len(names) // columns) * (card[1] + space)
-    sheet = Image.new("RGB", (width, height), NIGHT)
+    rows = -(-len(names) // columns)
+    right = space + columns * (width + space)
+    sheet = Image.new("RGB", (right, 60 + rows * (height + space)), NIGHT)
     pen = ImageDraw.Draw(sheet)
-    pen.text((2 * space, 30), "noise", GREY, font, "lm")
-    pen.text((width - 2 * space, 30), "weights", PALE if done == 1 else GREY, font, "rm")
-    start = 4 * space + pen.textlength("noise", font)
-    end = width - 4 * space - pen.textlength("weights", font)
+    pen.text((24, 30), "noise", GREY, font, "lm")
+    pen.text((right - 24, 30), "weights", PALE if done == 1 else GREY, font, "rm")
+    start = 48 + pen.textlength("noise", font)
+    end = right - 48 - pen.textlength("weights", font)
     here = start + (end - start) * done
-    pen.line((start, 30, end, 30), RAIL, 4)
+    pen.line((start, 30, end, 30), CARD, 4)
     pen.line((start, 30, here, 30), WARM, 4)
     pen.ellipse((here - 7, 23, here + 7, 37), WARM)
     for i, name in enumerate(names):
-        x = space + i % columns * (card[0] + space)
-        y = head + i // columns * (card[1] + space)
-        pen.rounded_rectangle((x, y, x + card[0], y + card[1]), 10, CARD)
-        pen.text((x + space, y + 21), name[:19], PALE, font, "lm")
+        x = space + i % columns * (width + space)
+        y = 60 + i // columns * (height + space)
+        pen.rounded_rectangle((x, y, x + width, y + height), 10, CARD)
         x += space
+        pen.text((x, y + 21), name[:19], PALE, font, "lm")
         y += 42
-        weights = Image.fromarray(token_colours(tokens[i]))
-        sheet.paste(weights.resize((side, side), Image.NEAREST), (x, y))
-        x += side
-        middle = y + side // 2
-        pen.polygon((x + 7, middle - 8, x + 18, middle, x + 7, middle + 8), GREY)
+        weights = token_colours(tokens[i]).resize((side, side), Image.NEAREST)
+        sheet.paste(weights, (x, y))
+        x += side + 2 * space
+        pen.polygon((x - 17, y + 56, x - 6, y + 64, x - 17, y + 72), GREY)
         frame = Image.fromarray(data.to_uint8(videos[i]))
-        sheet.paste(frame.resize((side, side), Image.BICUBIC), (x + gap, y))
+        sheet.paste(frame.resize((side, side), Image.BICUBIC), (x, y))
     return np.array(sheet)
 
 
 def token_colours(tokens):
-    """Shapes: (N, d) of unit variance -> (N, d, 3) uint8, in few shades, as a gif takes them."""
-    strength = (tokens / 2.2).clamp(-1, 1).mul(9).round()[..., None] / 9        # (N, d, 1)
-    full = torch.where(strength > 0, torch.tensor(WARM), torch.tensor(COLD))
-    dark = torch.tensor(CARD)
-    return (dark + (full - dark) * strength.abs()).byte().numpy()
+    """(N, d) of unit variance as a picture, in few shades, as a gif takes them."""
+    grey = 127 + 14 * (tokens / 0.25).round().clamp(-9, 9)                      # (N, d)
+    return ImageOps.colorize(Image.fromarray(grey.byte().numpy()), COLD, WARM, CARD)
 
 
 def few_colours(sheets):
     """All pictures on one palette: a gif then keeps only what moves, a third of the size."""
     some = Image.fromarray(np.concatenate(sheets[::8]))
     palette = some.quantize(192, Image.Quantize.FASTOCTREE)
-    few = []
-    for sheet in sheets:
-        sheet = Image.fromarray(sheet).quantize(palette=palette, dither=Image.Dither.NONE)
-        few.append(np.array(sheet.convert("RGB")))
-    return np.stack(few)
+    few = [Image.fromarray(sheet).quantize(palette=palette, dither=0) for sheet in sheets]
+    return np.stack([sheet.convert("RGB") for sheet in few])
 
 
 # ------------------------------------------------------------------------------------------ .nerv files
@@ -755,10 +723,9 @@ def pack_tokens(numbers, bits, **about):
 
 def unpack_tokens(blob):
     """Header and numbers (n,) float32 of a .nerv file. Raises: ValueError and its like for any other."""
-    if blob[:5] != MAGIC:
-        raise ValueError("it does not begin like one")
-    if zlib.crc32(blob[:-4]) != int.from_bytes(blob[-4:], "little"):
-        raise ValueError("its checksum is wrong: truncated or altered")
+    checksum = int.from_bytes(blob[-4:], "little")
+    if blob[:5] != MAGIC or zlib.crc32(blob[:-4]) != checksum:
+        raise ValueError("it is none, or truncated or altered: its checksum is another")
     start = 9 + int.from_bytes(blob[5:9], "little")
     header = json.loads(blob[9:start])
     payload = blob[start:-4]
@@ -810,9 +777,9 @@ def seconds(call):
 
 
 class Table:
-    """The rows of --bench. Share: of the time that a large matrix product would have taken for it."""
+    """The rows of --bench. Share: of the time that a large matrix product would take for as much."""
 
-    def __init__(self, device, **about):
+    def __init__(self, device, title):
         self.device = device
         self.gpu = device.type == "cuda"
         self.amp = torch.autocast(device.type, torch.bfloat16, enabled=self.gpu)
@@ -823,27 +790,20 @@ class Table:
         with self.amp:
             self.product = 2 * size ** 3 / seconds(lambda: x @ x)               # operations a second
         copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
-        about["device"] = torch.cuda.get_device_name() if self.gpu else "CPU"
-        about["threads"] = torch.get_num_threads()
-        about["matmul_tflop_per_s"] = round(self.product / 1e12, 3)
-        about["copy_gb_per_s"] = round(copy / 1e9, 1)
-        self.rows = [about]
-        print(*(f"{key} {value}" for key, value in about.items()))
+        name = torch.cuda.get_device_name() if self.gpu else f"{torch.get_num_threads()} CPU threads"
+        self.rows = [f"{title}; {name}: {self.product / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"]
+        print(self.rows[0])
         print(f"{'':<38} params M     TFLOP   latency s  peak GB  share")
-
-    def fast(self, module):
-        """The module as it is timed."""
-        if self.gpu:
-            return torch.compile(module)
-        return module
 
     def module(self, name, module, *inputs):
         """A row for one call of a module. Returns its operations, two for each multiply-add."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             module(*inputs)                             # fused attention would not be counted
-        call = self.fast(module)
-        self.row(name, lambda: call(*inputs), counter.get_total_flops(), module)
-        return counter.get_total_flops()
+        flop = counter.get_total_flops()
+        if self.gpu:
+            module.compile()
+        self.row(name, module, lambda: module(*inputs), flop)
+        return flop
 
     def training(self, name, model, loss, flop):
         """A row for one training step, whose backward pass is two forward ones."""
@@ -855,17 +815,17 @@ class Table:
                 loss().backward()
             opt.step()
 
-        self.row(name, step, 3 * flop, model)
+        self.row(name, model, step, 3 * flop)
 
-    def row(self, name, call, flop, model, times=1):
+    def row(self, name, model, call, flop, times=1):
         """Time a call that is 1 / times of the thing. Memory: what comes on top of an idle process."""
-        weights = sum(tensor.numel() for tensor in model.state_dict().values())
         peak_memory(self.device, reset=True)
         with self.amp:
             if self.gpu:
                 call()                                  # compiles
             latency = times * seconds(call)
         peak = (peak_memory(self.device) - self.idle) / 1e9
+        weights = sum(tensor.numel() for tensor in model.state_dict().values())
         share = flop / self.product / latency
         self.rows.append(dict(name=name, params=weights, tflop=flop / 1e12, latency_s=latency,
                               peak_gb=peak, share=share))
