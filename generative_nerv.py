@@ -11,10 +11,10 @@ A video *is* its network: the same tokens render any frame index, between the tr
 
 Letters: B videos, T frames, N weight tokens, d channels of a token, D width of the network, c_in and c_out channels
          of a kernel, k its height and width.
-Ranges:  tokens ~ N(0, 1). `frame` is the frame index of the training grid, a float: 0 is the first trained frame,
+Ranges:  tokens are roughly N(0, 1). `frame` is the frame index of the training grid, a float: 0 is the first trained frame,
          T-1 the last, 0.5 lies between two, T and more lie beyond the end. Pixels are in [-1, 1].
-Feature maps are (B*T, c, H, W), the T frames of the first video first; every video has kernels of its own, so each
-layer is one convolution a video. `cfg` is nerv_vae.Config.
+Feature maps are (B*T, c, H, W), the T frames of the first video first. Every video has its own kernels, so a layer
+runs one convolution for each video. `cfg` is nerv_vae.Config.
 """
 import argparse
 import dataclasses
@@ -41,7 +41,7 @@ class Layer(NamedTuple):
     c_in: int
     c_out: int
     k: int
-    grid: int                   # height and width of the maps that the kernel is applied to
+    grid: int                   # height and width of the maps that the kernel slides over
     size: int                   # height and width of the output
     gen_in: int                 # the tokens write kernel[:gen_out, :gen_in]
     gen_out: int
@@ -74,9 +74,9 @@ def layer_plan(cfg):
         plan.append(Layer("transposed", width, width, 4, grid, size, g, g))
         plan.append(Layer("conv", width, width, 3, size, size, g, g, ends_level=last))
         if not last:
-            gen_in = min(following // width * g, D)     # twice as many where it widens
+            gen_in = min(following // width * g, D)     # 2g where the outputs double, as the table
             plan.append(Layer("conv", width, following, 3, size, size, gen_in, g, ends_level=True))
-    plan.append(Layer("rgb", 2 * D, 3, 3, size, size, D, 3))
+    plan.append(Layer("rgb", 2 * D, 3, 3, size, size, D, 3))  # D of 2D inputs, as the table
 
     if cfg.upsample != "transposed" or cfg.side == "skip":
         return ablated_plan(plan, cfg)                  # Tables 2d, 2e
@@ -142,7 +142,7 @@ class ModulatedConv2d(nn.Module):
     axes but the output channel keeps feature maps at unit scale, whatever was written.
 
     Shapes:  x (B*T, c_in, H, W), tokens (B, N, d) -> (B*T, c_out, H', W'), twice as large where the layer doubles
-    Units:   tokens ~ N(0, 1); where x has the scale of a GELU's output, so has the GELU of the result
+    Units:   the output has unit scale where the input is the GELU of something of unit scale
     Source:  paper Sec. 3.1 (channel-wise parameterization; normalisation), E.18 (a head for each layer). Choice: the
              head's bias is one number for each entry of the block, namely the shared kernel there, so that the mean
              video starts as an ordinary convolution (such a start is worth 1.8 dB in NeRV-Enc B)
@@ -178,10 +178,11 @@ class ModulatedConv2d(nn.Module):
 
     def modulate(self, tokens):
         """The kernel of each video before it is normalised. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
-        kind, c_in, c_out, k, grid, size, gen_in, gen_out, _ = self.layer
-        shared = self.shared.view(c_out, c_in, k, k)
-        block = self.generated(tokens).view(-1, gen_out, gen_in, k, k)  # (B, gen_out, gen_in, k, k)
-        missing = (0, 0, 0, 0, 0, c_in - gen_in, 0, c_out - gen_out)  # from the last axis to the first
+        layer = self.layer
+        k = layer.k
+        shared = self.shared.view(layer.c_out, layer.c_in, k, k)
+        block = self.generated(tokens).view(-1, layer.gen_out, layer.gen_in, k, k)
+        missing = (0, 0, 0, 0, 0, layer.c_in - layer.gen_in, 0, layer.c_out - layer.gen_out)
         return shared + F.pad(block, missing)                           # (B, c_out, c_in, k, k)
 
     def kernel(self, tokens):
@@ -200,12 +201,13 @@ class ModulatedConv2d(nn.Module):
 def unit_gain(layer):
     """What a kernel of norm 1 is multiplied by, so that every feature map starts at unit scale.
 
-    A kernel of norm 1 gives unit output from independent unit inputs, if every output sees all k x k taps and if the
-    inputs have mean square 1. Neither holds:
-    - Along an axis, a transposed convolution shows 2 of its 4 taps to an output, 1 at either edge; the others show
-      all k but those that hang over the edge. If `seen` taps of k count on average, the output is seen / k as large.
-    - The mean square is 1/2 after sines and cosines (stem), and 0.4256 = 1.533^-2 after the GELU of a unit normal.
-    toRGB goes on to a tanh and keeps its smaller scale.
+    A kernel of norm 1 turns independent inputs of mean square 1 into outputs of mean square 1, if every output pixel
+    sees all k x k taps. Two things are different here:
+    - Taps. Along one axis, an output of a transposed convolution sees 2 of the 4 taps, at an edge only 1; other
+      convolutions see all k, fewer at an edge. With `seen` taps on average along each of the two axes, the mean
+      square falls by (seen / k)^2, so the amplitude falls by seen / k.
+    - Inputs. Their mean square is 1/2 after sines and cosines (stem), 0.4256 = 1.533^-2 after the GELU of a unit
+      normal. toRGB goes on to a tanh and keeps its smaller scale.
     """
     if layer.kind == "transposed":
         seen = 2 - 1 / layer.grid

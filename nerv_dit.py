@@ -11,8 +11,9 @@
 It writes out/dit/: ckpt.pt, log.jsonl, step_XXXXXX.gif (samples) and index.html, the page of the run; and beside the
 tokenizer tokens-KEY.npy, the token cache, which every DiT on that tokenizer shares.
 
-Letters: B videos, N weight tokens, d channels a token, M cached clips, m vectors that steer the blocks.
-Ranges:  tokens are normalised to mean 0, std 1 in here. `t` is diffusion time, an integer: 0 is almost data, 999 is
+Letters: B videos, N weight tokens, d channels a token, M cached clips, m vectors that steer the blocks; z is noisy
+         tokens, eps the noise in them.
+Ranges:  tokens are normalised to mean 0, std 1, as measured on the cache. `t` is diffusion time, an integer: 0 is almost data, 999 is
          almost noise. `guidance` 1 means off.
 """
 import argparse
@@ -108,7 +109,8 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(dim, heads)
         self.mlp = mlp(dim)
-        self.adaln = zeroed(nn.Linear(dim, 6 * dim))
+        self.adaln = nn.Linear(dim, 6 * dim)
+        zeroed(self.adaln)                              # gates of zero
 
     def attend(self, x):
         return self.attention(x)
@@ -122,9 +124,9 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Predicts the noise in noisy weight tokens. The tokens are a set without space or time: no patches, no 2-D grid.
 
-    Shapes:  z (B, N, d), t (B,) int, cond: labels (B,) int, `classes` meaning none, or tokens (B, N, d) -> (B, N, d)
-    Units:   z and the result ~ unit variance, cond tokens as the tokenizer gives them; t 0 is almost data, 999 almost
-             noise
+    Shapes:  z (B, N, d), t (B,) int, cond -> eps (B, N, d)
+             cond is class labels (B,) int, where the number of classes stands for "no class"; or tokens (B, N, d)
+    Units:   z and eps have unit variance, cond tokens are as the tokenizer gives them; t 0 is almost data
     Source:  paper Sec. 3.3, 4.3 (condition tokens double the input channels), A.1 (24 layers, 16 heads, 1024).
              Choice: a learned vector says which token is which, as each feeds its own slice of a kernel
     """
@@ -143,8 +145,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(make_block(cfg, tokens, i) for i in range(cfg.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.final_adaln = nn.Linear(dim, 2 * dim)
-        self.out = zeroed(nn.Linear(dim, token_dim))    # the first guess is: no noise
-        zeroed(self.final_adaln)
+        self.out = nn.Linear(dim, token_dim)
+        zeroed(self.final_adaln)                        # the first guess is: no noise
+        zeroed(self.out)
         # Of the cache: tokens are normalised with them, and those that leave the sampler scaled back.
         self.register_buffer("token_mean", torch.zeros(tokens, token_dim))
         self.register_buffer("token_std", torch.ones(tokens, token_dim))
@@ -179,8 +182,8 @@ class DiT(nn.Module):
         if self.cfg.backbone == "gpt":
             return self.denoise_prepended(x, steering)
         *steerings, final = steering.split([6] * len(self.blocks) + [2], 1)
-        for block, told in zip(self.blocks, steerings):
-            x = block(x, told)
+        for block, steering in zip(self.blocks, steerings):
+            x = block(x, steering)
         shift, scale = final.chunk(2, 1)                                # (B, 1, dim) each
         return self.out(self.norm(x) * (1 + scale) + shift).float()     # (B, N, d)
 
@@ -197,10 +200,9 @@ class DiT(nn.Module):
 
 
 def zeroed(layer):
-    """A linear layer whose output starts at zero."""
+    """Set a linear layer to zero, for a start that changes nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ---------------------------------------------------------------------------------------------- loss and sampler
@@ -230,46 +232,49 @@ def min_snr_weight(snr, gamma):
 def ancestral_step(z, eps, now, then, noise):
     """One DDPM step: a draw from q(z_then | z_now, tokens guessed from eps). Shapes: z, eps, noise (B, N, d).
 
-    `now` and `then` are (alpha, sigma) pairs, then being less noisy; (1, 0) is the data.
-    Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times: `kept` is the product of 1 - beta between them.
-            Choice: the small one of its two variances, fixed (DiT learns it)
+    `now` and `then` are pairs (alpha, sigma), `then` the less noisy one; (1, 0) is the data. They are numbers, or
+    (B, 1, 1) where every video has its own time.
+    Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times. Choice: the smaller of its two variances, fixed
+            (DiT learns it)
     """
-    a, s = now
-    a2, s2 = then
-    data = (z - s * eps) / a                           # what eps implies, as z = a * data + s * eps
-    kept = (a / a2) ** 2                                # variance kept from then to now
-    mean = (a2 * (1 - kept) * data + a / a2 * s2 ** 2 * z) / s ** 2
-    return mean + s2 / s * (1 - kept).clamp(min=0).sqrt() * noise
+    alpha, sigma = now
+    alpha_then, sigma_then = then
+    guess = (z - sigma * eps) / alpha                  # tokens, as z = alpha * tokens + sigma * eps
+    ratio = alpha / alpha_then
+    fresh = 1 - ratio ** 2                             # variance that comes in between then and now
+    mean = (alpha_then * fresh * guess + ratio * sigma_then ** 2 * z) / sigma ** 2
+    return mean + sigma_then / sigma * fresh.clamp(min=0).sqrt() * noise
 
 
 def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
-    """Min-SNR weighted error of the predicted noise; with own_step > 0 plus that of a second pass on the model's step.
+    """Min-SNR weighted error of the predicted noise; and, with scheduled sampling, that of a second pass.
 
-    The second pass is scheduled sampling: walk from t to t - own_step with the model's own guess, then ask for the
-    noise that separates *that* point from the true tokens, so that the truth stays the target.
-    Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in [own_step, 999], cond as
-             DiT -> scalar
+    own_step 0: no second pass. Else it starts where the model itself arrives from t at t - own_step, and it is asked
+    for the noise that separates that point from the true tokens, so that the truth stays the target.
+    Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in [own_step, 999], cond
+             as DiT -> scalar
     Source:  paper Sec. 3.3, Eq. 2. Choice: the second target, as the paper names none
     """
     def at(t):
         alpha, sigma = schedule
         return alpha[t][:, None, None], sigma[t][:, None, None]         # (B, 1, 1) each
 
-    def error(noise, t, eps):
-        alpha, sigma = at(t)
+    def error(eps, target, time):
+        alpha, sigma = at(time)
         weight = min_snr_weight((alpha / sigma).square(), gamma)        # (B, 1, 1)
-        return (weight * (eps - noise).square()).mean()
+        return (weight * (eps - target).square()).mean()
 
     alpha, sigma = at(t)
     z = alpha * tokens + sigma * noise[0]                               # (B, N, d)
     eps = model(z, t, cond)
-    loss = error(noise[0], t, eps)
+    loss = error(eps, noise[0], t)
     if own_step:
+        then = t - own_step
         with torch.no_grad():
-            z = ancestral_step(z, eps, at(t), at(t - own_step), noise[1])
-            alpha, sigma = at(t - own_step)
+            z = ancestral_step(z, eps, at(t), at(then), noise[1])
+            alpha, sigma = at(then)
             target = (z - alpha * tokens) / sigma
-        loss = loss + error(target, t - own_step, model(z, t - own_step, cond))
+        loss = loss + error(model(z, then, cond), target, then)
     return loss
 
 
@@ -284,7 +289,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     """
     if guidance != 1 and model.by_tokens:
         raise ValueError("guidance needs a class condition; use --guidance 1")
-    alpha, sigma = noise_schedule()                                     # on the CPU: numbers, to a GPU
+    alpha, sigma = noise_schedule()                     # on the CPU: numbers, to a GPU
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
     alpha = torch.cat([alpha[times], alpha.new_ones(1)])  # (steps+1,): the last step ends at the data
     sigma = torch.cat([sigma[times], sigma.new_zeros(1)])
@@ -295,7 +300,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     if guidance != 1:
         copies = 2
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): asked for, then none
-    steering = steer_ahead(model, times.to(z.device), model.labels(cond))
+    steering = steer_ahead(model, times.to(z.device), model.labels(cond))  # in turn, for each step
     for i in progress(range(steps), quiet, desc="sampling", unit="step", leave=False):
         with autocast(z):
             eps = model.denoise(z.repeat(copies, 1, 1), next(steering), cond).float()  # (2B, N, d)
@@ -310,11 +315,17 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         yield z * model.token_std + model.token_mean, guess * model.token_std + model.token_mean
 
 
-def sample_tokens(*walk, **how):
-    """Noise to weight tokens, ready for the decoder: where denoise_steps arrives. Shapes: as there -> (B, N, d)."""
-    for tokens, _ in denoise_steps(*walk, **how):
+def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0, quiet=True):
+    """Noise to weight tokens: where denoise_steps arrives. Shapes: noise (B, N, d) -> tokens (B, N, d)."""
+    for tokens, _ in denoise_steps(model, cond, noise, sampler, steps, guidance, seed, quiet):
         pass
     return tokens
+
+
+def generate(model, vae, cond, noise, **how):
+    """Noise to videos, the whole generator. Shapes: noise (B, N, d) -> (B, T, 3, H, W) in [-1, 1]."""
+    tokens = sample_tokens(model, cond, noise, **how)
+    return vae.play(tokens)                          # each video's tokens are its network's kernels
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -344,22 +355,26 @@ def train(cfg):
         while run.step < cfg.steps:
             step = run.step
             run.seed_step()
-            # 1. A batch of cached token sets, random times, and whether to go on from the own step this time.
+            # 1. Cached token sets, random times, and whether this step has a second pass (scheduled sampling).
             rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]  # (B,), sorted: they are read in the disk's order
             ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
             own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
             t = torch.randint(own_step, 1000, (cfg.batch,))             # (B,)
             hidden = torch.rand(cfg.batch) < cfg.class_dropout          # (B,)
             noise = torch.randn(3, cfg.batch, *cache.shape[2:], device=run.device)  # (3, B, N, d)
+            posterior_noise = noise[2]                  # the others are for the two passes
             model.zero_grad(set_to_none=True)
             for part in run.passes():
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
-                entry = run.send(torch.from_numpy(cache[rows[part].numpy()])).float()  # (b, 2 or 3, N, d)
-                tokens = model.normalise(entry[:, 0] + (entry[:, 1] / 2).exp() * noise[2, part])
+                entry = run.send(torch.from_numpy(cache[rows[part].numpy()])).float()
+                mean, logvar, *condition = entry.unbind(1)              # (b, N, d) each
+                tokens = mean + (logvar / 2).exp() * posterior_noise[part]
+                tokens = model.normalise(tokens)                        # (b, N, d)
                 if model.by_tokens:
-                    cond = entry[:, 2]                                  # (b, N, d)
+                    cond = condition[0]                                 # (b, N, d)
                 else:
-                    cond = run.send(labels[rows[part]].masked_fill(hidden[part], len(classes)))  # (b,)
+                    label = labels[rows[part]].masked_fill(hidden[part], len(classes))
+                    cond = run.send(label)                              # (b,)
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
                     loss = diffusion_loss(forward, tokens, noise[:2, part], run.send(t[part]), cond, schedule,
@@ -369,7 +384,7 @@ def train(cfg):
             # 4. One optimizer step, then the averaged weights follow.
             run.add(run.update(model, opts, learning_rate(step, cfg)))
             update_ema(ema, model, cfg.ema, step)
-            # 5. Log; now and then a checkpoint and a picture; leave where a signal asks to.
+            # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.batch_names = [f"cache row {row}" for row in rows.tolist()]
             run.finish_step()
             if run.time_to_save():
@@ -475,9 +490,10 @@ def draw_samples(model, vae, cache, labels, classes, run):
         cond = torch.from_numpy(cache[rows.numpy(), 2]).to(run.device).float()  # (16, N, d)
     noise = torch.randn(16, *cache.shape[2:], generator=torch.Generator().manual_seed(0))
     guidance = cfg.guidance if cfg.condition == "class" else 1.0
-    tokens = sample_tokens(model, cond, noise.to(run.device), cfg.sampler, cfg.sample_steps, guidance)
+    videos = generate(model, vae, cond, noise.to(run.device), sampler=cfg.sampler, steps=cfg.sample_steps,
+                      guidance=guidance)
     names = [*classes, "generated"]                     # the last: of no class
-    picture = tile(vae.play(tokens), 4, [names[label] for label in labels[rows].tolist()])
+    picture = tile(videos, 4, [names[label] for label in labels[rows].tolist()])
     run.write(save_video, run.out / f"step_{run.step:06d}.gif", picture)
 
 

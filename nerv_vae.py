@@ -15,7 +15,7 @@ It writes out/vae/: ckpt.pt (all that stage 2 and sample.py need), log.jsonl (a 
 again continues where it stopped.
 
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
-Ranges:  pixels are in [-1, 1]; tokens are pulled towards N(0, 1) by the KL term; `frame` is 0..T-1.
+Ranges:  pixels are in [-1, 1]; tokens are roughly N(0, 1), as the KL term pulls them there; `frame` is 0..T-1.
 """
 import dataclasses
 import json
@@ -361,7 +361,7 @@ def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
     Returns {name: scalar}: "loss", the weighted sum, its terms as they are, and numbers to watch.
     Shapes: recon, target (B, k, 3, H, W), mean, logvar (B, N, d) -> scalars
     Source: paper Eq. 1, A.1 (weights). Choice: the squared error is a mean over pixels, the KL a sum over tokens and
-            channels: Table A12 makes sense for such a KL only, and a summed error would make it 786,432 times weaker
+            channels: Table A12 makes sense for such a KL only; beside a summed error it would be 786,432 times weaker
     """
     kl = kl_divergence(mean, logvar)                                    # (B, N, d)
     terms = dict(mse=F.mse_loss(recon, target), kl_per_dim=kl.mean())
@@ -379,7 +379,7 @@ def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
 
 
 def generator_loss(critic, fake):
-    """How little the critic takes fakes for real. Shapes: fake (B, T, 3, H, W) -> scalar.
+    """The generator's side: small where the critic takes fakes for real. Shapes: (B, T, 3, H, W) -> scalar.
 
     Source: choice, here and below (the paper names no GAN loss): non-saturating logistic, as StyleGAN and MAGVIT
     """
@@ -387,7 +387,7 @@ def generator_loss(critic, fake):
 
 
 def critic_loss(critic, real, fake):
-    """How badly the critic tells the two apart. Shapes: real, fake (B, T, 3, H, W) -> {name: scalar}."""
+    """The critic's side: small where it tells the two apart. Shapes: (B, T, 3, H, W) twice -> {name: scalar}."""
     logits = critic(torch.cat([real, fake.detach()])).float()           # (2B,)
     d_real, d_fake = logits.chunk(2)                                    # (B,) each
     loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
@@ -483,7 +483,7 @@ def train(cfg):
         if cfg.overfit:
             clips = OneClip(clips)
             held_out = []
-        some, name = clips_to_judge(clips, held_out)                    # (n, T, 3, H, W)
+        judged, name = clips_to_judge(clips, held_out)                  # (n, T, 3, H, W)
 
         torch.manual_seed(cfg.seed)
         model = NeRVVAE(cfg).to(run.device)
@@ -510,17 +510,19 @@ def train(cfg):
             noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=run.device)[run.mine]
             frame = torch.randperm(cfg.frames, device=run.device)[:k].sort()[0]  # (k,)
             model.zero_grad(set_to_none=True)
+            if gan:
+                critic.requires_grad_(False)            # 1 to 3 train the autoencoder alone
             pairs = []
-            for clip, eps in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
+            for clip, clip_noise in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
                 with run.autocast():
                     # 1. Encode, draw the tokens, decode k frames.
-                    recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), eps)
+                    recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), clip_noise)
                     recon = recon.float()                               # (B, k, 3, H, W)
                     target = clip[:, frame]
                     # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
                     terms = vae_loss(recon, target, mean, logvar, cfg,
                                      perceptual if step >= cfg.lpips_start else None,
-                                     critic.requires_grad_(False) if gan else None)
+                                     critic if gan else None)
                 (terms["loss"] / cfg.grad_accum).backward()
                 run.add(terms)
                 pairs.append((target, recon.detach()))
@@ -536,7 +538,7 @@ def train(cfg):
                     (terms["loss_d"] / cfg.grad_accum).backward()
                     run.add(terms)
                 run.update(critic, [opt_d], cfg.gan_lr_ratio * learning_rate(step, cfg), limit=math.inf)
-            # 5. Log; now and then a checkpoint and a picture; leave where a signal asks to.
+            # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.finish_step()
             if run.time_to_save():
                 measure_batchnorm(ema, run, clips)
@@ -545,7 +547,7 @@ def train(cfg):
                 row = run.means()
                 row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-12))
                 if run.time_to_look() and run.rank == 0:
-                    row.update(judge(ema, some, name, run))
+                    row.update(judge(ema, judged, name, run))
                 run.log(row, shown=("loss", "psnr", "kl_per_dim", name, "psnr_in"))
             run.leave_if_asked()
     return run.path
