@@ -37,7 +37,7 @@ PE_BASE = 10.0          # the slowest sine is nearly this many times slower than
 
 class Layer(NamedTuple):
     """One row of Table A1: what a layer does, and which block of its kernel the tokens write."""
-    kind: str                   # stem | transposed | conv | rgb; and, in Table 2d, bilinear
+    kind: str                   # stem | transposed | conv | rgb; and, in Table 2d, bilinear or shuffle
     c_in: int
     c_out: int
     k: int
@@ -55,8 +55,9 @@ def layer_plan(cfg):
     it widens; at 256 x 256 there is one more level of width D.
 
     Raises: SystemExit for an unknown model, or when pe_size is not the resolution divided by a power of two
-    Source: paper Table A1, Sec. 3.2, E.3; its weight shapes are (in, out), so the widening layer's [128, 64, 3, 3] is
-            128 inputs and 64 outputs. Choice: the stem is generated whole (the table names two shapes for it)
+    Source: paper Table A1, Sec. 3.2; its weight shapes are (in, out), so the widening layer's [128, 64, 3, 3] is 128
+            inputs and 64 outputs. Choice: the stem is generated whole (the table names two shapes for it); the level
+            that E.3 adds for 256 x 256 stands before the last one, as only that gives Table A2's 64.5M at L
     """
     if cfg.model == "nerv_dec":
         return nerv_dec_plan(cfg)
@@ -122,7 +123,8 @@ def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):
              meaning
     Source:  paper Sec. 3.2, A.2. Choice: the fastest wave of height and width turns by pi from a cell to the next,
              the finest pattern that a grid can hold; that of time turns by 1 a frame, as frames between frames are
-             asked for. At 1 a cell, 8 neighbours look so alike that UCF-101 clips lose 0.7 dB after 600 steps
+             asked for. At 1 a cell, 8 neighbours look so alike that UCF-101 clips lose 0.7 dB after 600 steps. (At pi
+             a cell the fastest sine is 0 everywhere and its cosine 1, -1, 1 ..)
     """
     cell = math.pi * torch.arange(size, device=frame.device)
     t = sinusoids(frame, dim, base)[:, :, None, None]                   # (T, dim, 1, 1)
@@ -173,7 +175,7 @@ class ModulatedConv2d(nn.Module):
         Token n supplies numbers n * per_token to (n + 1) * per_token - 1. Shapes: (B, N, d) -> (B, numel)
         """
         tokens = tokens[:, self.rows, :self.columns]
-        values = self.head(tokens)[..., :self.per_token]                # (B, N, per_token)
+        values = self.head(tokens)[..., :self.per_token]  # a shared head (Table 2b) has more
         return self.scale * values.flatten(1)[:, :self.numel]           # (B, numel)
 
     def modulate(self, tokens):
@@ -208,6 +210,7 @@ def unit_gain(layer):
       square falls by (seen / k)^2, so the amplitude falls by seen / k.
     - Inputs. Their mean square is 1/2 after sines and cosines (stem), 0.4256 = 1.533^-2 after the GELU of a unit
       normal. toRGB goes on to a tanh and keeps its smaller scale.
+    Source: choice (the paper does not say how feature maps keep their scale)
     """
     if layer.kind == "transposed":
         seen = 2 - 1 / layer.grid
@@ -253,8 +256,8 @@ def render(layers, convs, x, side):
     """Run the layers on an embedding: the same walk for a batch of videos and for one that is instantiated.
 
     Shapes:  x (n, 48, h, w) -> (n, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
-    Source:  paper Table A1; GELU in all blocks and tanh at the end (A.2); residual sums (Sec. 3.2, A.1). Choice: sums
-             are divided by sqrt(2), which keeps unit scale, as StyleGAN2
+    Source:  paper Table A1; GELU in all blocks and tanh at the end (A.2); residual sums (Sec. 3.2, A.1). Choice: the
+             sum comes after the GELU and is divided by sqrt(2), which keeps unit scale, as StyleGAN2
     """
     if side != "residual":
         return render_otherwise(layers, convs, x, side)  # Table 2e's other ways; NeRV-Enc
@@ -280,7 +283,7 @@ class GenerativeNeRV(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.layers = layer_plan(cfg)
-        if cfg.parameterization == "channel" and cfg.reuse == "heads":
+        if cfg.parameterization == "channel" and cfg.reuse == "heads" and not cfg.layer_tokens:
             self.convs = nn.ModuleList(ModulatedConv2d(layer, cfg) for layer in self.layers)
         else:
             self.convs = ablated_convs(self.layers, cfg)  # Tables 2a, 2b; NeRV-Enc
@@ -445,8 +448,8 @@ class FMMConv2d(ModulatedConv2d):
 class RepeatConv2d(ModulatedConv2d):
     """NeRV-Enc's way: each number is repeated four times along one side of the kernel, and multiplies it.
 
-    Source: NeRV-Enc Eq. 3, A.5; B a (normalize), b (conv_init), c (expand). Choice: without conv_init kernels start as
-            signs (the appendix names nothing); the factor starts as 1 +- 0.3
+    Source: NeRV-Enc Eq. 3, A.1; B a (normalize), b (conv_init), c (expand). Choice: without conv_init kernels start as
+            signs (the appendix names nothing); the factor starts as 1 +- 0.3; four times, and which side B's dim -2 is
     """
 
     def __init__(self, layer, cfg):
@@ -465,7 +468,7 @@ class RepeatConv2d(ModulatedConv2d):
         return math.prod(self.quarter)
 
     def modulate(self, tokens):
-        values = 1 + self.generated(tokens).view(-1, *self.quarter)  # 1: the bias of A.5's FC2
+        values = 1 + self.generated(tokens).view(-1, *self.quarter)  # 1: a bias, so that it starts as the kernel
         values = values.repeat_interleave(4, self.axis + 1)
         values = values.narrow(self.axis + 1, 0, self.sides[self.axis])  # (B, c_out, c_in, k*k)
         kernel = self.shared.view(self.sides) * values
@@ -474,11 +477,11 @@ class RepeatConv2d(ModulatedConv2d):
     def kernel(self, tokens):
         if self.normalize:
             return super().kernel(tokens)
-        return self.modulate(tokens) / self.start_norm * self.gain  # for good
+        return self.modulate(tokens) / self.start_norm * self.gain  # the norm of the start
 
 
-class FixedConv2d(ModulatedConv2d):
-    """A layer that reads no tokens: one kernel for all videos."""
+class FixedConv2d(RepeatConv2d):
+    """A layer of NeRV-Dec that reads no tokens: one kernel for all videos."""
 
     def __init__(self, layer, cfg):
         super().__init__(layer, cfg)

@@ -31,7 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import build_dataset, condition_video, file_hash, parse_config, progress, save_video, tile
+from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video, tile,
+                  write_file)
 from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, learning_rate, load_checkpoint, load_vae, mlp,
                       sinusoids, size_of, update_ema)
 
@@ -127,8 +128,9 @@ class DiT(nn.Module):
     Shapes:  z (B, N, d), t (B,) int, cond -> eps (B, N, d)
              cond is class labels (B,) int, where the number of classes stands for "no class"; or tokens (B, N, d)
     Units:   z and eps have unit variance, cond tokens are as the tokenizer gives them; t 0 is almost data
-    Source:  paper Sec. 3.3, 4.3 (condition tokens double the input channels), A.1 (24 layers, 16 heads, 1024).
-             Choice: a learned vector says which token is which, as each feeds its own slice of a kernel
+    Source:  paper Sec. 3.3, 4.3 (frames: condition tokens double the input channels), A.1 (24 layers, 16 heads, 1024).
+             Choice: a learned vector says which token is which, as each feeds its own slice of a kernel. Departs:
+             image and edge conditions double the channels too, where E.7 speaks of cross attention: one way for all
     """
 
     def __init__(self, cfg, tokens, token_dim, classes):
@@ -144,10 +146,11 @@ class DiT(nn.Module):
         nn.init.normal_(self.label.weight, std=0.02)
         self.blocks = nn.ModuleList(make_block(cfg, tokens, i) for i in range(cfg.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.final_adaln = nn.Linear(dim, 2 * dim)
+        if cfg.backbone != "gpt":
+            self.final_adaln = nn.Linear(dim, 2 * dim)
+            zeroed(self.final_adaln)
         self.out = nn.Linear(dim, token_dim)
-        zeroed(self.final_adaln)                        # the first guess is: no noise
-        zeroed(self.out)
+        zeroed(self.out)                                # the first guess is: no noise
         # Of the cache: tokens are normalised with them, and those that leave the sampler scaled back.
         self.register_buffer("token_mean", torch.zeros(tokens, token_dim))
         self.register_buffer("token_std", torch.ones(tokens, token_dim))
@@ -222,7 +225,8 @@ def min_snr_weight(snr, gamma):
 
     Units:  SNR = alpha^2 / sigma^2, large near the data
     Source: paper Sec. 3.3 prints min(SNR, gamma), which weighs a prediction of the data; A.1 says it is adjusted for
-            predicting the noise, which divides it by SNR. Taken literally on noise it would favour the clean end.
+            predicting the noise. Choice: adjusted as Hang et al. do, divided by SNR; taken literally on noise it
+            would favour the clean end
     """
     if gamma == 0:
         return torch.ones_like(snr)
@@ -232,8 +236,8 @@ def min_snr_weight(snr, gamma):
 def ancestral_step(z, eps, now, then, noise):
     """One DDPM step: a draw from q(z_then | z_now, tokens guessed from eps). Shapes: z, eps, noise (B, N, d).
 
-    `now` and `then` are pairs (alpha, sigma), `then` the less noisy one; (1, 0) is the data. They are numbers, or
-    (B, 1, 1) where every video has its own time.
+    `now` and `then` are pairs (alpha, sigma), `then` the less noisy one; (1, 0) is the data. Each is a
+    scalar, or (B, 1, 1) where every video has its own time.
     Source: DDPM (Ho et al. 2020), Eqs. 6 and 7, for any two times. Choice: the smaller of its two variances, fixed
             (DiT learns it)
     """
@@ -253,7 +257,8 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
     for the noise that separates that point from the true tokens, so that the truth stays the target.
     Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in [own_step, 999], cond
              as DiT -> scalar
-    Source:  paper Sec. 3.3, Eq. 2. Choice: the second target, as the paper names none
+    Source:  paper Sec. 3.3, Eq. 2. Choice: the second target; a DDPM step without gradient leads there; decided once
+             for a whole batch
     """
     def at(t):
         alpha, sigma = schedule
@@ -330,6 +335,16 @@ def generate(model, vae, cond, noise, **how):
 
 # ---------------------------------------------------------------------------------------------- training
 
+def measure_tokens(model, cache):
+    """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
+    if len(cache) < 2:
+        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better thousands")
+    rows = np.random.default_rng(0).permutation(len(cache))[:4096]
+    some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
+    model.token_mean.copy_(some[:, 0].mean(0))
+    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
+
+
 def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl, pictures and a page. Returns the checkpoint's path."""
     with Run(cfg, MADE_BY, "stage 2") as run:
@@ -347,7 +362,7 @@ def train(cfg):
         ema.load_state_dict(model.state_dict())
         opts = [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         run.keep(model=model, ema=ema, opts=opts)
-        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]))
+        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]), clips=len(cache))
         forward = run.wrap(model)
         schedule = noise_schedule(run.device)
         run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {cache.shape[2]} tokens")
@@ -444,7 +459,7 @@ class LatteBlock(DiTBlock):
 
 
 def autocast(x):
-    """bfloat16 on a GPU, whose sampler's state stays float32."""
+    """bfloat16 on a GPU, whatever --bf16 says of training; the state of the sampler stays float32."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
 
 
@@ -471,20 +486,10 @@ def noise_of_steps(noise, steps, seed):
     return torch.stack(fresh, 1).to(noise.device)
 
 
-def measure_tokens(model, cache):
-    """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
-    if len(cache) < 2:
-        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better thousands")
-    rows = np.random.default_rng(0).permutation(len(cache))[:4096]
-    some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
-    model.token_mean.copy_(some[:, 0].mean(0))
-    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
-
-
 def draw_samples(model, vae, cache, labels, classes, run):
     """A picture of 16 samples, of conditions of the cache."""
     cfg = run.cfg
-    rows = torch.arange(16) * 1021 % len(cache)         # a prime stride meets all classes
+    rows = torch.from_numpy(np.random.default_rng(0).integers(len(cache), size=16))
     cond = labels[rows].to(run.device)                                  # (16,)
     if model.by_tokens:
         cond = torch.from_numpy(cache[rows.numpy(), 2]).to(run.device).float()  # (16, N, d)
@@ -527,12 +532,12 @@ def cache_tokens(cfg, vae, run):
     path = vae.path.parent / f"tokens-{cache_key(cfg, vae, clips)}.npy"
     notes = path.with_suffix(".json")
     try:
-        if not run.agree(int(path.exists() and notes.exists())):
-            fill_cache(cfg, vae, run, clips, keys, path, shape)
+        if run.agree(int(not (path.exists() and notes.exists()))):
             if run.rank == 0:
                 meta = dict(labels=[int(clips.labels[i]) for i, _ in keys], videos=[i for i, _ in keys],
                             classes=clips.classes)
-                notes.write_text(json.dumps(meta))
+                write_file(notes, json.dumps(meta).encode())
+            fill_cache(cfg, vae, run, clips, keys, path, shape)
         run.agree(0)
         cache = np.load(path, mmap_mode="r")
         meta = json.loads(notes.read_text())
@@ -567,7 +572,8 @@ def cache_key(cfg, vae, clips):
 @torch.no_grad()
 def fill_cache(cfg, vae, run, clips, keys, path, shape):
     """Every rank encodes its rows into one file, by ordinary writes: a full disk is an error, not a crash."""
-    part = path.with_suffix(f".{run.agree(os.getpid())}.part")  # a second run beside this one has its own
+    whose = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:8]
+    part = path.with_suffix(f".{whose}.part")        # of this run: what a kill leaves is used again
     mine = np.array_split(np.arange(len(keys)), run.world)[run.rank]
     header = npy_header(shape)
     if run.rank == 0:

@@ -106,7 +106,7 @@ class Config:
     compile: bool = False           # torch.compile on CUDA: a slow first step, then faster ones
     checkpointing: bool = False     # recompute activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
-    log_every: int = 50             # 1..: steps between lines of log.jsonl; the only time the GPU is waited for
+    log_every: int = 50             # 1..: steps between lines of log.jsonl
     eval_every: int = 900           # 1..: steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
@@ -118,12 +118,13 @@ PAPER = dict(
     kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1, kl_weight=1e-5, lpips_weight=1.0,
     gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
     muon=False, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
-# 80 inputs and outputs: each of 160 tokens then writes a whole share of a block (paper E.3's "simple alignment").
+# 80 inputs and outputs: each of 160 tokens then writes a whole share of every block but the stem's and toRGB's
+# (choice: a reading of E.3's "simple alignment").
 PAPER_256 = {**PAPER, "resolution": 256, "tokens": 160, "gen_channels": 80, "checkpointing": True}
 NERV_ENC = {                        # no VAE: the posterior is so narrow that tokens are their means
     **PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
     "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
-    "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,  # 46.8M, A.2: 47.6M
+    "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,  # 46.8M (A.2: 47.6M): choice
     "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,
     "steps": 46_875, "warmup": 1000, "eval_every": 2500}  # Table 7: 150 epochs of 10k; warmup: choice
 LAPTOP = dict(                      # a folder of real videos at 32 x 32 x 8, on a CPU
@@ -188,9 +189,9 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         world = dist.get_world_size()
-        mean = SumOverRanks.apply(x.mean(0)) / world                    # (dim,)
+        mean = sum_over_ranks(x.mean(0)) / world                        # (dim,)
         x = x - mean                        # first, as E[x^2] - mean^2 cancels where the mean is large
-        var = SumOverRanks.apply(x.square().mean(0)) / world            # (dim,)
+        var = sum_over_ranks(x.square().mean(0)) / world                # (dim,)
         n = world * len(x)
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -249,8 +250,8 @@ class NeRVEncoder(nn.Module):
 def patch_positions(cfg):
     """Fixed sines and cosines that say where a patch lies in time, height and width. Shapes: -> (P, dim).
 
-    Source: choice: base 10 and amplitude 2, as large as the patch embedding, so that the first step already knows
-            where a patch lies; at a transformer's usual 10000 and 1 neighbours look alike and learning starts late
+    Source: choice: base 10 and amplitude 2, larger than the patch embedding at the start, so that the first step already
+            knows where a patch lies; at a transformer's usual 10000 and 1 neighbours look alike and learning starts late
     """
     side = cfg.resolution // cfg.patch
     grid = (cfg.frames // cfg.patch_frames, side, side)
@@ -264,7 +265,7 @@ class NeRVVAE(nn.Module):
     """Encoder and decoder.
 
     Shapes: video (B, T, 3, H, W), frame (k,), noise (B, N, d) -> recon (B, k, 3, H, W), mean, logvar (B, N, d) each
-    Units:  noise ~ N(0, 1), given from outside, so that a step does not depend on how its batch is divided
+    Units:  noise ~ N(0, 1), given from outside, so that it does not depend on how a batch is divided
     """
 
     def __init__(self, cfg):
@@ -358,6 +359,7 @@ def halve(x):
 def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
     """Eq. 1: |recon - target|^2 + lpips_weight LPIPS + gan_weight GAN + kl_weight KL(posterior || N(0, 1)).
 
+    The small presets add edge_weight times the error of edges.
     Returns {name: scalar}: "loss", the weighted sum, its terms as they are, and numbers to watch.
     Shapes: recon, target (B, k, 3, H, W), mean, logvar (B, N, d) -> scalars
     Source: paper Eq. 1, A.1 (weights). Choice: the squared error is a mean over pixels, the KL a sum over tokens and
@@ -369,10 +371,10 @@ def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
     if cfg.edge_weight:
         terms["edge"] = edge_error(recon, target)
         loss = loss + cfg.edge_weight * terms["edge"]
-    if perceptual:
+    if perceptual is not None:
         terms["lpips"] = perceptual_distance(recon, target, perceptual)
         loss = loss + cfg.lpips_weight * terms["lpips"]
-    if critic:
+    if critic is not None:
         terms["gan"] = generator_loss(critic, recon)
         loss = loss + cfg.gan_weight * terms["gan"]
     return dict(loss=loss, **terms, token_std=mean.std(), posterior_std=(logvar / 2).exp().mean())
@@ -495,9 +497,10 @@ def train(cfg):
             critic = Discriminator(cfg).to(run.device)
             opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)
             run.keep(critic=critic, opt_d=opt_d)
-            critic_forward = run.wrap(critic, compiled=False)
-        run.resume(classes=clips.classes)
+        run.resume(classes=clips.classes, videos=len(clips))
         forward = run.wrap(model)
+        if cfg.gan_weight:
+            critic_forward = run.wrap(critic, compiled=False)
         run.start(f"{len(clips)} videos, encoder {size_of(model.encoder)}, decoder {size_of(model.decoder)}, "
                   f"{cfg.tokens} tokens of {cfg.token_dim}")
 
@@ -587,6 +590,12 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.apply(grad)
 
 
+@torch.compiler.disable
+def sum_over_ranks(x):
+    """SumOverRanks, left alone by torch.compile, which does not know it."""
+    return SumOverRanks.apply(x)
+
+
 class OneClip:
     """A data set that is one clip of another one, over and over: what --overfit trains on."""
 
@@ -660,7 +669,9 @@ def save_checkpoint(path, state):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch turns a failed write into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        if isinstance(error, RuntimeError) and "writ" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         print(f"could not write {path} ({reason}); what was there stays", file=sys.stderr)
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -697,7 +708,8 @@ def load_checkpoint(path, device, made_by):
 
 # ------------------------------------------------------------------------------------------------ what a run needs
 
-# A run may continue with other values of these; any other change would silently make it another experiment.
+# A run may continue with other values of these (--steps only moves where its schedule ends); any other change would
+# silently make it another experiment.
 HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile", "checkpointing",
             "data_root", "sampler", "sample_steps", "guidance", "vae"}
 
@@ -717,7 +729,7 @@ def pick_device(name="auto"):
 class Run:
     """What both stages need around their method: device, ranks, folder, checkpoint, log, bar, signals, bad numbers.
 
-    It knows nothing of videos and tokens; `train` knows nothing of files and ranks. The order of calls: keep, resume,
+    It knows nothing of networks and losses; `train` knows nothing of how files are written or ranks talk. The order of calls: keep, resume,
     start; then for every step add, update, finish_step, and where it is time save, means and log; leave_if_asked.
     """
 
@@ -953,8 +965,6 @@ class Run:
         self.step += 1
         self.bar.update()
         self.asked = self.agree(self.heard[0] if self.heard else 0)
-        if self.asked:
-            self.save()                           # at once, as whoever sent the signal may not wait
 
     def time_to_look(self):
         return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
