@@ -19,7 +19,6 @@ Ranges:  tokens are normalised to mean 0, std 1, as measured on the cache. `t` i
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -31,10 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video, tile,
-                  write_file)
-from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, learning_rate, load_checkpoint, load_vae, mlp,
-                      sinusoids, size_of, update_ema)
+from data import build_dataset, condition_video, file_hash, parse_config, progress, tile, write_file
+from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, ignore_stops, learning_rate,
+                      load_checkpoint, load_vae, mlp, sinusoids, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,11 @@ class DiT(nn.Module):
         return self.denoise(z, self.steer(t, self.labels(cond)), cond)
 
     def labels(self, cond):
-        """The class that a condition names: none where it is tokens. Shapes: as cond -> (B,)."""
-        if self.by_tokens:
+        """The class that a condition names: none where it is tokens, or there is but one class.
+
+        Shapes: as cond -> (B,)
+        """
+        if self.by_tokens or self.classes == 1:
             return torch.full((len(cond),), self.classes, device=cond.device)
         return cond
 
@@ -361,8 +362,8 @@ def train(cfg):
         measure_tokens(model, cache)
         ema.load_state_dict(model.state_dict())
         opts = [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-        run.keep(model=model, ema=ema, opts=opts)
-        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]), clips=len(cache))
+        run.keep(opts, model=model, ema=ema)
+        run.resume(classes=classes, vae_sha256=vae.sha256, clips=len(cache))
         forward = run.wrap(model)
         schedule = noise_schedule(run.device)
         run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {cache.shape[2]} tokens")
@@ -402,11 +403,11 @@ def train(cfg):
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.batch_names = [f"cache row {row}" for row in rows.tolist()]
             run.finish_step()
-            if run.time_to_save():
+            if run.time_to_save:
                 run.save()
-            if run.time_to_log():
+            if run.time_to_log:
                 row = run.means()
-                if run.time_to_look() and run.rank == 0:
+                if run.time_to_look and run.rank == 0:
                     draw_samples(ema, vae, cache, labels, classes, run)
                 run.log(row, shown=("loss",))
             run.leave_if_asked()
@@ -487,26 +488,30 @@ def noise_of_steps(noise, steps, seed):
 
 
 def draw_samples(model, vae, cache, labels, classes, run):
-    """A picture of 16 samples, of conditions of the cache."""
+    """A picture of 16 samples, of conditions from all over the cache."""
     cfg = run.cfg
     rows = torch.from_numpy(np.random.default_rng(0).integers(len(cache), size=16))
-    cond = labels[rows].to(run.device)                                  # (16,)
+    cond = labels[rows]                                                 # (16,)
     if model.by_tokens:
-        cond = torch.from_numpy(cache[rows.numpy(), 2]).to(run.device).float()  # (16, N, d)
+        cond = torch.from_numpy(cache[rows.numpy(), 2]).float()         # (16, N, d)
     noise = torch.randn(16, *cache.shape[2:], generator=torch.Generator().manual_seed(0))
     guidance = cfg.guidance if cfg.condition == "class" else 1.0
-    videos = generate(model, vae, cond, noise.to(run.device), sampler=cfg.sampler, steps=cfg.sample_steps,
-                      guidance=guidance)
+    videos = generate(model, vae, cond.to(run.device), noise.to(run.device), sampler=cfg.sampler,
+                      steps=cfg.sample_steps, guidance=guidance)
     names = [*classes, "generated"]                     # the last: of no class
-    picture = tile(videos, 4, [names[label] for label in labels[rows].tolist()])
-    run.write(save_video, run.out / f"step_{run.step:06d}.gif", picture)
+    run.show(tile(videos, 4, [names[label] for label in labels[rows].tolist()]))
 
 
 def load_dit(path, device):
-    """The trained denoiser: averaged weights, frozen, with .cfg, .class_names, .step, .path, .sha256, .vae_sha256."""
+    """The trained denoiser: averaged weights, frozen.
+
+    It has .cfg, .class_names, .step, .path, .sha256 and .vae_sha256, the tokenizer's.
+    """
     ckpt = load_checkpoint(path, device, MADE_BY)
-    model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"])).to(device).eval().requires_grad_(False)
+    N, d = ckpt["ema"]["token_mean"].shape
+    model = DiT(Config(**ckpt["config"]), N, d, len(ckpt["classes"]))
     model.load_state_dict(ckpt["ema"])
+    model.to(device).eval().requires_grad_(False)
     model.class_names = ckpt["classes"]
     model.step = ckpt["step"]
     model.vae_sha256 = ckpt["vae_sha256"]
@@ -515,98 +520,108 @@ def load_dit(path, device):
     return model
 
 
-# ---------------------------------------------------------------------------------------------- token cache
+# ------------------------------------------------------------------------------------------ token cache
 
 def cache_tokens(cfg, vae, run):
-    """Encode the training clips once; stage 2 never runs the encoder again.
+    """Encode the training clips once; stage 2 never runs the encoder again. Returns cache, notes.
 
-    File: tokens-KEY.npy beside the tokenizer, float16 (M, 2 or 3, N, d): mean, log-variance and, with a condition
-    video, the mean of its tokens; and a .json with `labels`, `videos` (which video a row comes from) and `classes`.
-    KEY hashes the tokenizer's checkpoint and everything that decides the clips, so a stale cache is never read.
-    Raises: SystemExit for a full disk, or a damaged cache
+    File: tokens-KEY.npy beside the tokenizer, float16 (M, 2 or 3, N, d): mean, log-variance and,
+    with a condition video, the mean of its tokens; and a .json with `labels`, `videos` (which video
+    a row comes from) and `classes`. KEY hashes the tokenizer's checkpoint and everything that decides
+    the clips, so a stale cache is never read; a damaged one is made again.
+    Raises: SystemExit for a disk that is full or cannot be written
     """
+    if vae.path.resolve() == run.path.resolve():
+        raise SystemExit(f"--out {run.out} is where the tokenizer lies; choose another folder")
     clips = training_clips(cfg, vae, run)
-    with_condition = cfg.condition in ("frames", "image", "edge")
-    keys = [(i, cfg.seed * 1_000_003 + i * 1009 + r) for r in range(cfg.clips_per_video) for i in range(len(clips))]
-    shape = (len(keys), 3 if with_condition else 2, vae.cfg.tokens, vae.cfg.token_dim)
+    keys = []
+    for r in range(cfg.clips_per_video):
+        for i in range(len(clips)):
+            keys.append((i, cfg.seed * 1_000_003 + i * 1009 + r))
+    kinds = 3 if cfg.condition in ("frames", "image", "edge") else 2
+    shape = (len(keys), kinds, vae.cfg.tokens, vae.cfg.token_dim)
     path = vae.path.parent / f"tokens-{cache_key(cfg, vae, clips)}.npy"
-    notes = path.with_suffix(".json")
-    try:
-        if run.agree(int(not (path.exists() and notes.exists()))):
-            if run.rank == 0:
-                meta = dict(labels=[int(clips.labels[i]) for i, _ in keys], videos=[i for i, _ in keys],
-                            classes=clips.classes)
-                write_file(notes, json.dumps(meta).encode())
-            fill_cache(cfg, vae, run, clips, keys, path, shape)
-        run.agree(0)
-        cache = np.load(path, mmap_mode="r")
-        meta = json.loads(notes.read_text())
-        whole = cache.shape == shape and cache.dtype == np.float16 and len(meta["labels"]) == len(keys)
-    except OSError as error:
-        raise SystemExit(f"{path} could not be written or read ({error.strerror or error}); make room, or copy the "
-                         "tokenizer to a folder that can be written") from error
-    except (ValueError, KeyError, TypeError):           # truncated, or not ours
-        whole = False
-    if not whole:
-        raise SystemExit(f"{path} does not hold the tokens its name says; delete it, it will be made again")
-    return cache, meta
+    found = read_cache(path, shape)
+    if run.agree(int(found is None)):
+        fill_cache(cfg, vae, run, clips, keys, path, shape)
+        found = read_cache(path, shape)
+    return found
 
 
 def training_clips(cfg, vae, run):
     """The clips that the tokenizer was trained on, wherever their folder lies now."""
     root = cfg.data_root or vae.cfg.data_root
     index = str(vae.path.parent)                        # where stage 1 left its index of the videos
+    then = dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index)
     with run.first_rank_first():
-        return build_dataset(dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index))
+        return build_dataset(then)
 
 
 def cache_key(cfg, vae, clips):
     """Twelve digits for everything that decides what is in the cache."""
     root = cfg.data_root or vae.cfg.data_root
-    files = [(os.path.relpath(file, root), file.stat().st_size) for file in clips.files or []]
-    condition = cfg.condition if cfg.condition in ("frames", "image", "edge") else ""
-    what = [vae.sha256, files, clips.labels.tolist(), clips.classes, cfg.clips_per_video, cfg.seed, condition]
+    what = [vae.sha256, cfg.clips_per_video, cfg.seed, clips.classes, clips.labels.tolist()]
+    if cfg.condition in ("frames", "image", "edge"):
+        what.append(cfg.condition)
+    for file in clips.files or []:
+        state = file.stat()
+        what.append([os.path.relpath(file, root), state.st_size, state.st_mtime_ns])
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def read_cache(path, shape):
+    """The cache of this shape and its notes; None where there is none, or a damaged one."""
+    try:
+        cache = np.load(path, mmap_mode="r")
+        notes = json.loads(path.with_suffix(".json").read_text())
+        whole = cache.shape == shape and cache.dtype == np.float16
+        if whole and len(notes["labels"]) == len(notes["videos"]) == len(cache):
+            return cache, notes
+    except Exception:                                   # damaged files raise anything
+        pass
+    return None
 
 
 @torch.no_grad()
 def fill_cache(cfg, vae, run, clips, keys, path, shape):
-    """Every rank encodes its rows into one file, by ordinary writes: a full disk is an error, not a crash."""
+    """Every rank encodes its rows into one file, by ordinary writes: a full disk is a line, no crash."""
     whose = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:8]
-    part = path.with_suffix(f".{whose}.part")        # of this run: what a kill leaves is used again
-    mine = np.array_split(np.arange(len(keys)), run.world)[run.rank]
-    header = npy_header(shape)
-    if run.rank == 0:
-        with open(part, "wb") as file:
-            file.write(header)
-    run.agree(0)
+    part = path.with_suffix(f".{whose}.part")           # of this run: what a kill leaves is used again
+    first = run.rank * len(keys) // run.world
+    mine = keys[first:(run.rank + 1) * len(keys) // run.world]
     pixels = vae.cfg.frames * vae.cfg.resolution ** 2
-    at_once = max(1, min(32, 4 * 16 * 128 ** 2 // pixels))  # no more memory than a training pass takes
-    loader = torch.utils.data.DataLoader(clips, at_once, sampler=[keys[i] for i in mine], num_workers=cfg.workers)
+    at_once = max(1, min(32, 4 * 16 * 128 ** 2 // pixels))  # no more than a training pass holds
+    loader = torch.utils.data.DataLoader(clips, at_once, sampler=mine, num_workers=cfg.workers,
+                                         worker_init_fn=ignore_stops)
+    labels = [0] * first
     try:
+        with run.first_rank_first():
+            part.touch()
         with open(part, "r+b") as file:
-            file.seek(len(header) + (int(mine[0]) if len(mine) else 0) * 2 * math.prod(shape[1:]))
-            for video, _ in progress(loader, run.rank > 0, desc="encoding clips", unit="batch", leave=False):
+            header = dict(descr="<f2", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.seek(2 * first * math.prod(shape[1:]), os.SEEK_CUR)
+            for video, label in progress(loader, run.rank > 0, desc="encoding clips", leave=False):
                 video = video.to(run.device)
                 rows = list(vae.encode(video))          # mean, logvar: (b, N, d) each
                 if shape[1] == 3:
                     rows.append(vae.encode(condition_video(video, cfg.condition))[0])
                 file.write(torch.stack(rows, 1).cpu().half().numpy().tobytes())
+                labels += label.tolist()                # of the clips read: a broken file has another's
             file.flush()
             os.fsync(file.fileno())
-        run.agree(0)
+        labels = run.agree(labels + [0] * (len(keys) - len(labels)))
         if run.rank == 0:
-            os.replace(part, path)
+            notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
+            write_file(path.with_suffix(".json"), json.dumps(notes).encode())
+            part.replace(path)
+        run.agree(0)
+    except OSError as error:
+        raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the tokenizer "
+                         "to a folder that can be written, and name it with --vae") from error
     finally:
         if run.rank == 0:
             part.unlink(missing_ok=True)
-
-
-def npy_header(shape):
-    """The first bytes of a float16 .npy of this shape."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
-    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,8 +40,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, parse_config, progress, psnr,
-                  ranks, save_video, tile, write_page)
+from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, one_line,
+                  parse_config, progress, psnr, ranks, save_video, tile, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -473,6 +474,31 @@ def measure_batchnorm(ema, run, clips):
     ema.eval()
 
 
+def batch_keys(clips, cfg, step):
+    """What a step trains on: any videos, each with the seed of a clip. They follow from (seed, step).
+
+    Returns (video, seed) pairs, one for each clip of the whole batch; with --overfit always the same
+    """
+    if cfg.overfit:
+        return [(0, 0)] * cfg.batch
+    rng = np.random.default_rng([cfg.seed, step])
+    keys = []
+    for _ in range(cfg.batch):
+        video = int(rng.integers(len(clips)))
+        keys.append((video, int(rng.integers(2 ** 62))))
+    return keys
+
+
+@torch.no_grad()
+def reconstruct(model, clips, run):
+    """Clips through their mean tokens, as many at once as a training pass holds. Shapes: (n, T, 3, H, W), twice."""
+    parts = []
+    for some in clips.split(run.share):
+        mean, _ = model.encode(some.to(run.device))
+        parts.append(model.play(mean))
+    return torch.cat(parts)
+
+
 def train(cfg):
     """Train stage 1; write out/ckpt.pt, out/log.jsonl, pictures and a page. Returns the checkpoint's path."""
     with Run(cfg, MADE_BY, "stage 1") as run:
@@ -482,21 +508,18 @@ def train(cfg):
             held_out = build_dataset(cfg, held_out=True)
             if cfg.lpips_weight:
                 perceptual = load_lpips(cfg.lpips_net, run.device)
-        if cfg.overfit:
-            clips = OneClip(clips)
-            held_out = []
-        judged, name = clips_to_judge(clips, held_out)                  # (n, T, 3, H, W)
+        judged, name = clips_to_judge(cfg, clips, held_out)             # (n, T, 3, H, W)
 
         torch.manual_seed(cfg.seed)
         model = NeRVVAE(cfg).to(run.device)
         ema = NeRVVAE(cfg).to(run.device).eval().requires_grad_(False)
         ema.load_state_dict(model.state_dict())
         opts = optimizers(model, cfg)
-        run.keep(model=model, ema=ema, opts=opts)
+        run.keep(opts, model=model, ema=ema)
         if cfg.gan_weight:
             critic = Discriminator(cfg).to(run.device)
             opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-            run.keep(critic=critic, opt_d=opt_d)
+            run.keep([opt_d], critic=critic)
         run.resume(classes=clips.classes, videos=len(clips))
         forward = run.wrap(model)
         if cfg.gan_weight:
@@ -504,8 +527,10 @@ def train(cfg):
         run.start(f"{len(clips)} videos, encoder {size_of(model.encoder)}, decoder {size_of(model.decoder)}, "
                   f"{cfg.tokens} tokens of {cfg.token_dim}")
 
-        for video in run.batches(clips):                           # (B, T, 3, H, W), B of this rank
+        for video in run.batches(clips, range(run.step, cfg.steps)):    # (B, T, 3, H, W), this rank's
             step = run.step
+            run.seed_step()
+            run.batch_names = names_of(clips, cfg, step)
             gan = cfg.gan_weight > 0 and step >= cfg.gan_start
             k = cfg.frames
             if cfg.frames_per_step and not gan:         # the critic looks at whole clips
@@ -543,13 +568,13 @@ def train(cfg):
                 run.update(critic, [opt_d], cfg.gan_lr_ratio * learning_rate(step, cfg), limit=math.inf)
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.finish_step()
-            if run.time_to_save():
+            if run.time_to_save:
                 measure_batchnorm(ema, run, clips)
                 run.save()
-            if run.time_to_log():
+            if run.time_to_log:
                 row = run.means()
                 row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-12))
-                if run.time_to_look() and run.rank == 0:
+                if run.time_to_look and run.rank == 0:
                     row.update(judge(ema, judged, name, run))
                 run.log(row, shown=("loss", "psnr", "kl_per_dim", name, "psnr_in"))
             run.leave_if_asked()
@@ -573,8 +598,8 @@ def main(argv=None):
     return train(parse_config(Config, PRESETS, argv))
 
 
-# ==================================================================================================================
-# The method ends here. Below: the picture of a run, checkpoints, and `Run`, what both stages need around them.
+# ==================================================================================================
+# The method ends here. Below: the picture of a run, checkpoints, and `Run`, what both stages need.
 
 class SumOverRanks(torch.autograd.Function):
     """The sum of all ranks' tensors; so is its gradient. (torch's SyncBatchNorm refuses CPUs.)"""
@@ -596,50 +621,35 @@ def sum_over_ranks(x):
     return SumOverRanks.apply(x)
 
 
-class OneClip:
-    """A data set that is one clip of another one, over and over: what --overfit trains on."""
-
-    def __init__(self, dataset):
-        self.item = dataset[0, 0]
-        self.classes = dataset.classes
-        self.files = dataset.files and dataset.files[:1]
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, key):
-        return self.item
+def clips_to_judge(cfg, clips, held_out):
+    """At most 64 held-out clips, or training clips where all train; and what their PSNR is called."""
+    name = "psnr_held_out"
+    if cfg.overfit or not len(held_out):
+        held_out = clips
+        name = "psnr_train"
+    shown = np.random.default_rng(0).permutation(len(held_out))[:64]
+    if cfg.overfit:
+        shown = [0]
+    return torch.stack([held_out[int(i), 0][0] for i in shown]), name   # (n, T, 3, H, W)
 
 
-def clips_to_judge(clips, held_out):
-    """At most 64 held-out clips, or training clips where none are held out; and what their PSNR is called."""
-    name = "psnr_held_out" if len(held_out) else "psnr_train"
-    source = held_out if len(held_out) else clips
-    shown = np.random.default_rng(0).permutation(len(source))[:64]
-    return torch.stack([source[int(i), 0][0] for i in shown]), name     # (n, T, 3, H, W)
-
-
-@torch.no_grad()
 def judge(model, clips, name, run):
     """PSNR in dB of clips through their mean tokens, mean over frames, then clips; and a picture.
 
-    Rows of the picture: originals, what the encoder saw (if that is another thing), reconstructions, differences.
+    Rows of the picture: originals, reconstructions, differences; what the encoder saw, if damaged.
     Shapes: clips (n, T, 3, H, W) in [-1, 1] -> {name: PSNR, and "psnr_in", that of damaged clips}
     """
-    cfg = run.cfg
-    seen = degrade(clips, cfg.degrade)                                  # (n, T, 3, H, W)
-    share = (run.mine.stop - run.mine.start) // cfg.grad_accum  # as many as a training pass holds
-    recon = torch.cat([model.play(model.encode(some.to(run.device))[0]) for some in seen.split(share)])
+    seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
+    recon = reconstruct(model, seen, run)                               # (n, T, 3, H, W)
     found = {name: psnr(recon, clips).mean().item()}
-    rows = {"original": clips, "seen": seen, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
-    if cfg.degrade == "none":
-        del rows["seen"]
-    else:
+    rows = {"original": clips, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
+    if run.cfg.degrade != "none":
+        rows["seen"] = seen
         found["psnr_in"] = psnr(seen, clips).mean().item()
     columns = min(8, len(clips))
     labels = [title for title in rows for _ in range(columns)]
     picture = tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels)
-    run.write(save_video, run.out / f"step_{run.step:06d}.gif", picture)
+    run.show(picture)
     return found
 
 
@@ -648,16 +658,16 @@ def size_of(module):
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M"
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------ checkpoints
 
 FORMAT = 2              # counts changes of what the numbers in a checkpoint mean
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python beside `path`, flush, then rename: no crash leaves half a file.
+    """Write a dict of tensors and plain Python beside `path`, flush, then rename: all or nothing.
 
-    A full or read-only disk is told in one line and not raised, as training can still outlive it; the checkpoint
-    before stays. Returns whether the file was written.
+    A full or read-only disk is told in one line and not raised, as training can still outlive it;
+    the checkpoint before stays. Returns whether the file was written.
     """
     path = Path(path)
     part = path.with_suffix(".part")
@@ -667,51 +677,49 @@ def save_checkpoint(path, state):
             torch.save({**state, "format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch turns a failed write into a RuntimeError
-        if isinstance(error, RuntimeError) and "writ" not in str(error) and "unexpected pos" not in str(error):
+        part.replace(path)
+    except (OSError, RuntimeError) as error:            # torch turns a failed write into the latter
+        if isinstance(error, RuntimeError) and not re.search("writ|unexpected pos", str(error)):
             raise
         reason = getattr(error, "strerror", None) or "is the disk full?"
         print(f"could not write {path} ({reason}); what was there stays", file=sys.stderr)
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
         return False
     return True
 
 
 def load_checkpoint(path, device, made_by):
-    """The dict that save_checkpoint wrote, parsed as data: no code in the file is run, no size in it is believed.
+    """The dict that save_checkpoint wrote. No code in the file is run, no size in it is believed.
 
-    Raises: SystemExit naming the command `made_by` where there is no file, or what is wrong with the file
+    Raises: SystemExit naming the command `made_by` where there is no file, or what is wrong with it
     """
     if not Path(path).is_file():
-        raise SystemExit(f"no checkpoint at {path}; name one that is elsewhere (--vae, --dit), or make it with: "
-                         f"{made_by}")
+        raise SystemExit(f"no checkpoint at {path}; name one that is elsewhere (--vae, --dit), or "
+                         f"make it with: {made_by}")
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
             if not stored or archive.testzip():         # every member's checksum
                 raise ValueError("its checksums do not agree with its contents")
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        found = (ckpt["made_by"], ckpt.get("format", 1))
-    except PermissionError as error:
-        raise SystemExit(f"{path} may not be read ({error.strerror})") from error
+        found = f"{ckpt['made_by']}, format {ckpt.get('format', 1)}"
     except Exception as error:                          # a damaged archive raises nearly anything
-        raise SystemExit(f"{path} is not a checkpoint of ours, or is damaged ({type(error).__name__})") from error
-    if found[0] != made_by:
-        raise SystemExit(f"{path} was not made by {made_by}, but by {found[0]}")
-    if found[1] != FORMAT:
-        raise SystemExit(f"{path} is of an earlier revision, whose kernels were laid out otherwise; train again with "
-                         f"{made_by} --no-resume, or use the revision that made it")
+        raise SystemExit(f"{path} cannot be read, is damaged or no checkpoint of ours "
+                         f"({type(error).__name__})") from error
+    if found != f"{made_by}, format {FORMAT}":
+        raise SystemExit(f"{path} was made by {found}, and what is needed is by {made_by}, format "
+                         f"{FORMAT}: name another, or make it again with --no-resume")
     return ckpt
 
 
-# ------------------------------------------------------------------------------------------------ what a run needs
+# ------------------------------------------------------------------------------------------ what a run needs
 
-# A run may continue with other values of these (--steps only moves where its schedule ends); any other change would
-# silently make it another experiment.
-HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile", "checkpointing",
-            "data_root", "sampler", "sample_steps", "guidance", "vae"}
+# A run may go on with other values of these (--steps only moves where its schedule ends); another
+# change would silently make it another experiment.
+HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_memory", "compile",
+            "checkpointing", "data_root", "sampler", "sample_steps", "guidance", "vae"}
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def pick_device(name="auto"):
@@ -723,75 +731,80 @@ def pick_device(name="auto"):
         raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if ranks()[1] > 1 else 0)
+    return torch.device("cuda", ranks()[0] % torch.cuda.device_count())
 
 
-class Run:
-    """What both stages need around their method: device, ranks, folder, checkpoint, log, bar, signals, bad numbers.
+class Run(ExitStack):
+    """What both stages need around their method: device, ranks, folder, checkpoint, log, signals.
 
-    It knows nothing of networks and losses; `train` knows nothing of how files are written or ranks talk. The order of calls: keep, resume,
-    start; then for every step add, update, finish_step, and where it is time save, means and log; leave_if_asked.
+    It knows nothing of networks and losses; `train` knows nothing of how files are written or ranks
+    talk. The order of calls: keep, resume, start; then for every step add, update, finish_step, and
+    where it is time save, means and log; leave_if_asked. What it holds (the other ranks, the folder's
+    lock, the bar, signal handlers) it gives back when it is left, the last first.
     """
 
     def __init__(self, cfg, made_by, title):
+        super().__init__()
         self.cfg = cfg
         self.made_by = made_by
         self.title = title
         self.rank, self.world = ranks()
         self.device = pick_device()
+        self.cuda = self.device.type == "cuda"
         self.out = Path(cfg.out)
         self.path = self.out / "ckpt.pt"
-        self.mine = self.share_of_batch()             # the slice of a batch that this rank works on
+        self.share, left = divmod(cfg.batch, self.world * cfg.grad_accum)   # clips of a pass
+        if left:
+            raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times "
+                             f"--grad-accum {cfg.grad_accum}; it is what all do together in a step")
+        each = self.share * cfg.grad_accum
+        self.mine = slice(self.rank * each, (self.rank + 1) * each)     # rows of a batch
         self.step = 0
-        self.kept = {}                            # what a checkpoint holds: networks and optimizers
-        self.facts = {}                                 # and plain Python
-        self.sums = {}                         # name -> [sum, count] since the last line of the log
-        self.bad = {}                                 # network -> (2,) skipped steps: all, in a row
-        self.batch_names = []                    # what to call the videos of this step in a message
-        self.heard = []                                 # signals
-        self.asked = 0
+        self.networks = {}
+        self.opts = []
+        self.terms = {}                                 # name -> values since the last line
+        self.bad = {}                                   # network -> (2,) skipped steps: all, in a row
+        self.heard = 0                                  # the last signal
+        self.bar = None
         self.saved = True
         self.memory = None
 
-    def share_of_batch(self):
-        cfg = self.cfg
-        if cfg.batch % (self.world * cfg.grad_accum):
-            raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times --grad-accum "
-                             f"{cfg.grad_accum}; --batch is what all of them do together in a step")
-        each = cfg.batch // self.world
-        return slice(self.rank * each, (self.rank + 1) * each)
-
     def __enter__(self):
-        self.stack = ExitStack()
         try:
-            if self.world > 1 and not dist.is_initialized():
-                self.join_ranks()
-            if self.rank == 0:
-                self.stack.enter_context(claim(self.out))
-                self.clear_folder()
-            self.agree(0)
+            self.set_up()
         except BaseException:
-            self.stack.close()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
+    def set_up(self):
+        if self.world > 1:
+            self.join_ranks()
+        if self.rank == 0:
+            self.enter_context(claim(self.out))
+        if threading.current_thread() is threading.main_thread():   # only it may have handlers
+            for number in STOPS:
+                self.callback(signal.signal, number, signal.signal(number, self.note_signal))
+
     def __exit__(self, kind, error, trace):
-        self.stack.close()                             # the folder's lock, signal handlers, the bar
+        super().__exit__(kind, error, trace)
         if kind is KeyboardInterrupt:
             print("stopped before the step ended; the last checkpoint stays", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
-        if self.world > 1 and dist.is_initialized():  # before Python shuts down: a gloo thread that frees its
-            dist.destroy_process_group()                # last tensor then aborts the run
-            time.sleep(0.5)
 
     # ---- several processes
 
     def join_ranks(self):
-        cuda = self.device.type == "cuda"
-        if cuda:
+        backend = "gloo"
+        if self.rank == 0:
+            print(f"waiting for all {self.world} processes that WORLD_SIZE names")
+        if self.cuda:
             torch.cuda.set_device(self.device)
-        # Rank 0 may scan a large folder for hours while the others wait; a rank that dies is torchrun's to notice.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+            backend = "cpu:gloo,cuda:nccl"
+        # Rank 0 may scan a folder for hours while the others wait; a dead rank is torchrun's to notice.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        self.callback(time.sleep, 0.5)                  # or a thread of gloo aborts Python's shutdown
+        self.callback(dist.destroy_process_group)
 
     def agree(self, numbers):
         """The largest of all ranks' numbers (or of each in a list); all wait until all are here."""
@@ -802,7 +815,7 @@ class Run:
 
     @contextmanager
     def first_rank_first(self):
-        """What rank 0 does in here (scan a folder, download weights) is there for the others when they do it."""
+        """What rank 0 does in here (scan a folder, download weights) the others then find done."""
         if self.rank:
             self.agree(0)
         yield
@@ -810,8 +823,8 @@ class Run:
             self.agree(0)
 
     def wrap(self, model, compiled=True):
-        """The same weights, compiled and with gradients averaged over ranks. What is saved is `model` itself."""
-        if compiled and self.cfg.compile and self.device.type == "cuda":
+        """The same weights, compiled and with gradients averaged over ranks; `model` is saved."""
+        if compiled and self.cfg.compile and self.cuda and can_compile(self.device):
             model = torch.compile(model, dynamic=False)
         if self.world > 1:
             model = DistributedDataParallel(model, broadcast_buffers=False)
@@ -819,131 +832,115 @@ class Run:
 
     def autocast(self):
         """bfloat16 where --bf16 asks for it and a GPU computes."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.cfg.bf16 and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, self.cfg.bf16 and self.cuda)
 
     # ---- checkpoint
 
-    def clear_folder(self):
-        """Remove a save that was killed half-way; with --no-resume put the old run's files aside."""
-        try:
-            self.path.with_suffix(".part").unlink(missing_ok=True)
-            if not self.cfg.resume:
-                (self.out / "log.jsonl").unlink(missing_ok=True)
-                if self.path.exists():
-                    os.replace(self.path, self.out / "ckpt.old.pt")
-        except OSError as error:
-            raise SystemExit(f"--out {self.out} cannot be written ({error.strerror}); choose another") from error
-
-    def keep(self, **things):
-        """What a checkpoint holds: networks and optimizers, or lists of them."""
-        self.kept.update(things)
+    def keep(self, opts, **networks):
+        """What a checkpoint holds of training."""
+        self.opts += opts
+        self.networks.update(networks)
 
     def resume(self, **facts):
         """Load the checkpoint of out, where there is one. `facts` go into every checkpoint.
 
-        Raises: SystemExit where the run would go on as another experiment: other settings, other facts
+        Raises: SystemExit where it would become another experiment: other settings, other facts
         """
         self.facts = facts
-        if self.path.exists():
+        if self.cfg.resume and self.path.exists():
             ckpt = load_checkpoint(self.path, self.device, self.made_by)
             self.refuse_changes(ckpt)
-            for name, thing in self.kept.items():
-                for one, state in zip(as_list(thing), as_list(ckpt[name])):
-                    one.load_state_dict(state)
+            for name, network in self.networks.items():
+                network.load_state_dict(ckpt[name])
+            for opt, state in zip(self.opts, ckpt["opts"]):
+                opt.load_state_dict(state)
             self.step = ckpt["step"]
-        high, low = self.agree([self.step, -self.step])
-        if high != -low:
-            raise SystemExit(f"ranks found {self.path} at steps {-low} to {high}; --out must be one folder for all")
+        if self.agree(self.step) != self.step:
+            raise SystemExit(f"rank {self.rank} found {self.path} at step {self.step}, others found "
+                             "a later one; --out must be one folder for all")
 
     def refuse_changes(self, ckpt):
-        now = dataclasses.asdict(self.cfg)
-        differ = [f"--{name.replace('_', '-')} {was} (now {now.get(name)})" for name, was in ckpt["config"].items()
-                  if name not in HARMLESS and now.get(name) != was]
-        differ += [f"{name} {brief(ckpt.get(name))} (now {brief(fact)})" for name, fact in self.facts.items()
-                   if ckpt.get(name) != fact]
+        differ = []
+        settings = {**dataclasses.asdict(self.cfg), **self.facts}
+        for name, was in {**ckpt, **ckpt["config"]}.items():
+            if name in settings.keys() - HARMLESS and was != settings[name]:
+                now = settings[name]
+                differ.append(f"{name} {beside(was, now)} (now {beside(now, was)})")
         if differ:
-            raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another --out, or "
-                             "--no-resume")
+            raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another "
+                             "--out, or --no-resume")
 
     def save(self):
-        """Write the checkpoint and the page of the run; only rank 0 does."""
-        if self.rank:
-            return
-        state = {name: [one.state_dict() for one in thing] if isinstance(thing, list) else thing.state_dict()
-                 for name, thing in self.kept.items()}
-        self.saved = save_checkpoint(self.path, dict(
-            **state, **self.facts, step=self.step, config=dataclasses.asdict(self.cfg), made_by=self.made_by))
+        """Write the checkpoint; only rank 0 does."""
+        if self.rank == 0:
+            state = {name: network.state_dict() for name, network in self.networks.items()}
+            state["opts"] = [opt.state_dict() for opt in self.opts]
+            state["config"] = dataclasses.asdict(self.cfg)
+            state.update(self.facts, step=self.step, made_by=self.made_by)
+            self.saved = save_checkpoint(self.path, state)
+
+    def put_aside(self):
+        """With --no-resume, what an earlier run left becomes ckpt.old.pt and log.old.jsonl."""
+        for path in (self.path, self.out / "log.jsonl"):
+            if path.exists() and not self.cfg.resume:
+                with one_line(path):
+                    path.replace(path.with_suffix(f".old{path.suffix}"))
 
     # ---- steps
 
     def start(self, what):
-        """Say what is trained, show a bar, and listen for signals from here on."""
+        """Say what is trained and show a bar; from here on a signal waits for the end of a step."""
         if self.rank == 0:
-            others = f" and {self.world - 1} more" if self.world > 1 else ""
-            print(f"{self.title} on {self.device}{others}: {what}")
-            if self.step:
-                print(f"continuing {self.path} at step {self.step} of {self.cfg.steps}; --no-resume starts over")
-        bar = progress(total=self.cfg.steps, initial=self.step, desc=self.title, unit="step", smoothing=0.05,
-                       quiet=self.rank > 0)
-        self.bar = self.stack.enter_context(bar)
-        if threading.current_thread() is threading.main_thread():  # only it may have handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.stack.callback(signal.signal, number, signal.signal(number, self.note_signal))
+            self.put_aside()
+            print(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
+                  f"to {self.cfg.steps} of {self.path}")
+        bar = progress(None, self.rank > 0, total=self.cfg.steps, initial=self.step, desc=self.title)
+        self.bar = self.enter_context(bar)
         self.since = time.perf_counter()
-        self.logged = self.step
 
     def note_signal(self, number, _):
-        if self.heard and number == signal.SIGINT:
+        if self.bar is None or self.heard and number == signal.SIGINT:
             raise KeyboardInterrupt                     # Ctrl-C twice: do not wait for the step
-        self.heard.append(number)      # SIGTERM comes twice where a scheduler signals every process
+        self.heard = number             # SIGTERM comes twice where a scheduler tells every process
 
-    def batches(self, clips, steps=None):
-        """This rank's share of the batch of every step. Shapes: -> (B, T, 3, H, W) on the device, in turn.
-
-        All random numbers of step s, these and those that follow in the step, come from (seed, s) alone.
-        """
-        training = steps is None
-        steps = range(self.step, self.cfg.steps) if training else steps
+    def batches(self, clips, steps):
+        """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
         keys = (batch_keys(clips, self.cfg, step)[self.mine] for step in steps)
         if self.cfg.in_memory and not self.cfg.overfit:
             self.memory = self.memory or ClipsInMemory(clips, self.device)
             loader = map(self.memory.batch, keys)
         else:
-            loader = torch.utils.data.DataLoader(clips, batch_sampler=keys, num_workers=self.cfg.workers,
-                                                 pin_memory=self.device.type == "cuda")
-        for step, (video, _) in zip(steps, loader):
-            if training:
-                self.batch_names = names_of(clips, batch_keys(clips, self.cfg, step))
-                self.seed_step()
+            loader = torch.utils.data.DataLoader(
+                clips, batch_sampler=keys, num_workers=self.cfg.workers,
+                pin_memory=self.cuda, worker_init_fn=ignore_stops)
+        for video, _ in loader:
             yield video.to(self.device, non_blocking=True)
 
     def passes(self):
         """This rank's rows of a batch, a slice for each pass."""
-        each = (self.mine.stop - self.mine.start) // self.cfg.grad_accum
-        return [slice(start, start + each) for start in range(self.mine.start, self.mine.stop, each)]
+        starts = range(self.mine.start, self.mine.stop, self.share)
+        return [slice(start, start + self.share) for start in starts]
 
     def send(self, x):
         """To the device, from pinned memory, so that nothing waits for the GPU."""
-        if self.device.type == "cuda":
+        if self.cuda:
             x = x.pin_memory()
         return x.to(self.device, non_blocking=True)
 
     def seed_step(self):
-        """Make all noise of this step follow from (seed, step), so that a run that goes on is the same run."""
+        """Make all noise of this step follow from (seed, step), so that a run that goes on is one."""
         torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
 
     def add(self, terms):
-        """Add scalars to their means since the last line of the log; tensors stay where they are, nothing waits."""
+        """Add scalars to their means since the last line of the log; nothing waits for the GPU."""
         for name, value in terms.items():
-            entry = self.sums.setdefault(name, [0, 0])
-            entry[0] = entry[0] + value.detach().float()
-            entry[1] += 1
+            self.terms.setdefault(name, []).append(value.detach().float())
 
     def update(self, model, opts, lr, limit=1.0):
-        """Clip gradients to norm `limit` (choice), then step; but skip the step where one is not finite.
+        """Clip gradients to norm `limit` (choice), then step; skip it where one is not finite.
 
-        AdamW never waits for the GPU: its fused form looks at found_inf itself, as it does for torch's gradient
-        scaler. Muon has no such form and waits. Returns {"grad_norm": norm}.
+        AdamW never waits for the GPU: its fused form looks at found_inf itself, as it does for
+        torch's gradient scaler. Muon has no such form and waits. Returns {"grad_norm": norm}.
         """
         norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
         bad = (~norm.isfinite()).float()
@@ -958,102 +955,110 @@ class Run:
         counts = self.bad.setdefault(model, torch.zeros(2, device=self.device))
         counts[0] += bad
         counts[1] = (counts[1] + 1) * bad
-        self.lr = lr
         return dict(grad_norm=norm)
 
     def finish_step(self):
+        """Count the step, and decide what it is time for."""
         self.step += 1
         self.bar.update()
-        self.asked = self.agree(self.heard[0] if self.heard else 0)
-
-    def time_to_look(self):
-        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
-
-    def time_to_save(self):
-        return self.time_to_look() or self.asked
-
-    def time_to_log(self):
-        return self.time_to_look() or self.step % self.cfg.log_every == 0
+        self.asked = self.agree(self.heard)
+        self.time_to_look = self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+        self.time_to_save = self.time_to_look or self.asked
+        self.time_to_log = self.time_to_look or self.step % self.cfg.log_every == 0
 
     def means(self):
-        """Means since the last line, over ranks too, and clips a second: the only place that waits for the GPU.
+        """Means since the last line, over ranks too, and clips a second; waits for the GPU.
 
         Raises: SystemExit after ten skipped steps in a row, naming the last batch
         """
-        means = torch.stack([total / count for total, count in self.sums.values()]).cpu()
+        means = torch.stack([torch.stack(values).mean() for values in self.terms.values()]).cpu()
         if self.world > 1:
             dist.all_reduce(means)
-        row = dict(step=self.step, **dict(zip(self.sums, (means / self.world).tolist())))
-        row["skipped"] = int(sum(counts[0] for counts in self.bad.values()))
-        row["lr"] = self.lr
-        row["clips_per_s"] = self.cfg.batch * (self.step - self.logged) / (time.perf_counter() - self.since)
-        in_a_row = int(max(counts[1] for counts in self.bad.values()))
-        if in_a_row >= min(10, self.cfg.steps):
-            terms = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "clips_per_s")
-            raise SystemExit(f"{in_a_row} steps in a row had a loss or gradient that is not a number, and were "
-                             f"skipped; stopped at {terms}; this batch: {', '.join(self.batch_names)}. The checkpoint, "
-                             "if there is one, is from before; lower --lr, or look at these")
-        self.sums = {}
-        self.logged = self.step
-        self.since = time.perf_counter()
+        row = dict(step=self.step)
+        row.update(zip(self.terms, (means / self.world).tolist()))
+        skipped, in_a_row = torch.stack([*self.bad.values()], 1).int().tolist()
+        row["skipped"] = sum(skipped)
+        row["lr"] = learning_rate(self.step - 1, self.cfg)
+        if max(in_a_row) >= min(10, self.cfg.steps):
+            raise SystemExit(f"{max(in_a_row)} steps in a row had a loss or gradient that is not a "
+                             f"number, and were skipped; stopped at {row}; this batch: "
+                             f"{', '.join(map(str, self.batch_names))}. The checkpoint, if there is "
+                             "one, is from before; lower --lr, or look at these")
+        seconds = time.perf_counter() - self.since
+        row["clips_per_s"] = self.cfg.batch * len(self.terms["grad_norm"]) / seconds
+        self.terms = {}
+        self.since += seconds
         return row
 
     def log(self, row, shown):
         """Append a line to log.jsonl, and show some of its numbers; only rank 0 does."""
         if self.rank:
             return
-        self.write(append_line, self.out / "log.jsonl", json.dumps(row) + "\n")
+        path = self.out / "log.jsonl"
+        with carry_on(path), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
         text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         self.bar.set_postfix_str(text)
-        if self.bar.disable or self.time_to_look():
+        if self.bar.disable or self.time_to_look:
             self.bar.write(f"step {self.step} of {self.cfg.steps}: {text}")
-        if self.time_to_look():
-            self.write(write_page, self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
+        if self.time_to_look:
+            with carry_on(self.out / "index.html"):
+                write_page(self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
 
-    def write(self, function, path, what, *more):
-        """Write a picture, a page or a line; a full disk is told in one line and does not end the run."""
-        try:
-            function(path, what, *more)
-        except (OSError, SystemExit) as error:
-            print(f"could not write {path} ({error}); training goes on", file=sys.stderr)
+    def show(self, picture):
+        """Write the picture of this step. Shapes: (T, 3, H, W)."""
+        path = self.out / f"step_{self.step:06d}.gif"
+        with carry_on(path):
+            save_video(path, picture)
 
     def leave_if_asked(self):
         """End the run where a signal asked to, or where its last save failed."""
-        if self.asked and not self.saved:
-            raise SystemExit(f"stopped at step {self.step}, and the save of {self.path} failed: it is from before")
+        if not self.saved and (self.asked or self.step == self.cfg.steps):
+            raise SystemExit(f"stopped at step {self.step}, and the last save of {self.path} failed: "
+                             "make room and give the same command again")
         if self.asked:
             if self.rank == 0:
                 self.bar.write(f"stopped at step {self.step}; the same command continues {self.path}")
             raise SystemExit(128 + self.asked)
-        if self.step == self.cfg.steps and not self.saved:
-            raise SystemExit(f"the last save of {self.path} failed: make room and give the same command again")
 
 
-def as_list(thing):
-    return thing if isinstance(thing, list) else [thing]
+@contextmanager
+def carry_on(path):
+    """A picture, a page or a line that cannot be written is told in a line, and training goes on."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:
+        print(f"could not write {path} ({error}); training goes on", file=sys.stderr)
 
 
-def append_line(path, line):
-    with open(path, "a") as file:
-        file.write(line)
+def beside(setting, other):
+    """How a message shows a setting next to another value: of a list what the other one lacks."""
+    if isinstance(setting, list):
+        return [name for name in setting if name not in other]
+    return setting
 
 
-def brief(fact):
-    """A fact in a message: a list by its first entries, a hash by its first digits."""
-    if isinstance(fact, list):
-        return f"{len(fact)} ({', '.join(map(str, fact[:8]))}{', ...' if len(fact) > 8 else ''})"
-    return str(fact)[:40]
+def ignore_stops(_):
+    """A loader ends with its run, not where a scheduler or Ctrl-C signals every process."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def batch_keys(clips, cfg, step):
-    """The (video, seed) pairs of a step: they follow from (cfg.seed, step) alone, for all ranks together."""
-    rng = np.random.default_rng([cfg.seed, step])
-    return [(int(rng.integers(len(clips))), int(rng.integers(2 ** 62))) for _ in range(cfg.batch)]
+def can_compile(device):
+    """Whether torch.compile works here, which needs a C compiler and Python's headers."""
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+    except Exception as error:                          # one for each part that may be missing
+        reason = str(error).strip().split("\n")[0]
+        print(f"torch.compile does not work here ({reason}): the same numbers, but slower")
+        return False
+    return True
 
 
-def names_of(clips, keys):
-    """What to call the videos of a batch in a message."""
-    return [str(clips.files[i]) if clips.files else f"clip {i}" for i, _ in keys]
+def names_of(clips, cfg, step):
+    """What a message calls the videos of a step."""
+    names = clips.files or range(len(clips))
+    return [names[i] for i, _ in batch_keys(clips, cfg, step)]
 
 
 if __name__ == "__main__":
