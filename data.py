@@ -1,12 +1,12 @@
-"""Videos in, videos out: toy clips that are drawn, UCF-101, Kinetics-600 or any folder; and clips kept for measuring.
+"""Videos in, videos out: toy clips, UCF-101, Kinetics-600, any folder; and clips for measuring.
 
-    file or drawing -> T frames, `stride` apart -> shorter side to R -> centre crop -> (T, 3, R, R) in [-1, 1]
+    file -> T frames, `stride` apart -> shorter side to R -> centre crop -> (T, 3, R, R) in [-1, 1]
 
 Letters: B videos, T frames, R = H = W pixels, M videos in a dataset.
-Ranges:  a clip is float32 in [-1, 1], shape (T, 3, R, R); uint8 in 0..255 only on disk and in `ClipsInMemory`.
-A dataset is indexed by (video, seed): the seed alone decides which frames of the video, and whether they are mirrored.
+Ranges:  a clip is float32 in [-1, 1], shape (T, 3, R, R); bytes on disk and in memory only.
+A dataset is indexed by (video, seed): the seed alone says which frames, and whether to mirror them.
 
-    python data.py --dataset folder --data-root VIDEOS          # what training would find there, and what it leaves out
+    python data.py --dataset folder --data-root VIDEOS    # what training would find, and leave out
 """
 import argparse
 import collections
@@ -44,20 +44,20 @@ except ImportError:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of this file run as a program. Training has its own, of the same names but other defaults."""
+    """Settings of this file run as a program. Training has its own, with the same names."""
 
     dataset: str = "toy"            # toy|ucf|k600|folder: the clips
     data_root: str = ""             # folder of videos, one sub-folder a class (not needed for toy)
     split: str = "all"              # all, train, test or a list of groups such as 1-19,23
     frames: int = 16                # 1..: T, frames of a clip
-    stride: int = 1                 # 0..: step in the file between frames; 0 spreads them over the whole video
+    stride: int = 1                 # 0..: step in the file between frames; 0 spreads them over all
     resolution: int = 128           # 1..: R, height and width in pixels
     flip: bool = True               # mirror half of the clips
     out: str = "out/data"           # folder of index.json, the list of the videos
     seed: int = 0                   # 0..4294967295: fixes which toy clips
 
 
-# ------------------------------------------------------------------------------------------ toy clips
+# ------------------------------------------------------------------------------ toy clips
 
 # red, yellow, green, cyan, blue, magenta, white
 COLOURS = "#d7413c #dcc83c #46be55 #46c8cd #4b69e1 #cd55c3 #dcdcdc".split()
@@ -78,7 +78,7 @@ def draw_toy(rng, label, frames, resolution):
     colour = np.array(colour) / 127.5 - 1
     ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, 3)    # dark grey, slightly tinted
     r = rng.uniform(0.44, 0.56)
-    time = np.linspace(-0.5, 0.5, frames)                               # any T spans the same motion
+    time = np.linspace(-0.5, 0.5, frames)                              # any T spans the same motion
     if motion == "pulsing":
         centre = rng.uniform(0.6 * r - 0.6, 0.6 - 0.6 * r, 2)[None]                 # (1, 2)
         beat = np.sin(2 * np.pi * (rng.uniform(0.8, 1.2) * time + rng.random()))    # (T,)
@@ -138,15 +138,15 @@ class ToyVideos:
         return torch.from_numpy(to_uint8(self[i, 0][0]))
 
 
-# ------------------------------------------------------------------------------------------ videos of a folder
+# ------------------------------------------------------------------------------ videos of a folder
 
 class VideoFolder:
     """The videos below a folder; the class of a video is the name of the folder that holds it.
 
-    A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group are cut from
-    one source video, so a split by clip leaks), else a hash of its name. `split` names the groups that
-    train, the rest is held out. A class exists where a clip of it can train, and held-out videos
-    are numbered by the same classes. Whatever is left out is counted and named in one line.
+    A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group are cut
+    from one source video, so a split by clip leaks), else a hash of its name. `split` names the
+    groups that train, the rest is held out. A class exists where a clip of it can train, and the
+    held-out videos have the same classes. What is left out is counted and named in one line.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     Raises:  SystemExit, with the expected tree where no video can be used
@@ -175,13 +175,15 @@ class VideoFolder:
             told = [f"{len(n)} {why} {sorted(set(n))[:3]}" for why, n in left_out.items()]
             print(f"{root}: left out {'; '.join(told)}; {cfg.out}/index.json has every video")
         if not train:
-            raise SystemExit(f"--data-root {root}: of {len(found)} videos none in the groups of --split "
-                             f"{cfg.split} is readable and has {span} frames; {TREE}")
+            raise SystemExit(f"--data-root {root}: of {len(found)} videos none is readable, has {span} "
+                             f"frames and is in the groups of --split {cfg.split}; {TREE}")
         self.files = train
         if held_out:
             self.files = [path for path in others if class_of(path) in self.classes]
-        self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], dtype=int)
-        self.lengths = np.array([index[path]["frames"] for path in self.files], dtype=int)
+        labels = [self.classes.index(class_of(path)) for path in self.files]
+        lengths = [index[path]["frames"] for path in self.files]
+        self.labels = np.array(labels, dtype=np.int64)
+        self.lengths = np.array(lengths, dtype=np.int64)
         self.keys = [index[path]["keys"] for path in self.files]
 
     def __len__(self):
@@ -218,7 +220,7 @@ class VideoFolder:
 
 
 def build_dataset(cfg, held_out=False):
-    """The training clips of `cfg.dataset`, or those kept out of training (none with --split all)."""
+    """The training clips of `cfg.dataset`, or those kept out of it (none with --split all)."""
     if cfg.dataset == "toy":
         return ToyVideos(cfg, held_out)
     return VideoFolder(cfg, held_out)
@@ -237,14 +239,14 @@ def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
 class ClipsInMemory:
     """A dataset whose videos are decoded once and kept, small and as bytes, on the training device.
 
-    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,) int64 on the CPU:
-             the clips that dataset[video, seed] gives, toy clips rounded to bytes
-    Raises:  SystemExit in one line where memory is short or a video broke since the scan
+    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,) on the CPU: the
+             clips that dataset[video, seed] gives, toy clips rounded to bytes
+    Raises:  SystemExit in one line where memory is short, or a video broke since the scan
     """
 
     def __init__(self, dataset, device):
         self.dataset = dataset
-        self.first = np.cumsum(dataset.lengths) - dataset.lengths       # row of each video's frame 0
+        self.first = np.cumsum(dataset.lengths) - dataset.lengths       # row of a video's frame 0
         R = dataset.cfg.resolution
         shape = (int(dataset.lengths.sum()), R, R, 3)
         need = math.prod(shape) / 1e9
@@ -280,15 +282,15 @@ class ClipsInMemory:
         return torch.where(flips, video.flip(-1), video), labels
 
 
-# ------------------------------------------------------------------------------------------ what tasks ask of clips
+# ------------------------------------------------------------------------------ what tasks ask of clips
 
 def condition_video(video, kind, given=5):
     """The clip that a conditional generator is shown, as long as the one it has to make.
 
     Shapes:  video (..., T, 3, R, R) -> the same; kind frames|image|edge
     Source:  paper (Sec. 4.3): the first 5 frames, then the 5th repeated
-             choice (E.7 does not say how they are made): image: the first frame repeated, edge: Sobel
-             magnitude of every frame
+             choice (E.7 does not say how they are made): image: the first frame repeated,
+             edge: the Sobel magnitude of every frame
     """
     if kind == "edge":
         grey = video.mean(-3, keepdim=True)                                         # (..., T, 1, R, R)
@@ -306,12 +308,12 @@ def condition_video(video, kind, given=5):
 
 
 def degrade(video, kind):
-    """A damaged copy of a clip, for restoration: the encoder sees this and is asked for the clean one.
+    """A damaged copy of a clip: for restoration the encoder sees this, and is asked for the clean one.
 
     Shapes:  video (..., T, 3, R, R) in [-1, 1] -> the same; kind none|downsample|blur|inpaint
     Source:  paper (NeRV-Enc A.3): the three kinds
-             choice (no strengths are given): these bring real clips at 256 x 256 near the input PSNR of
-             its Table 8: R / 22 pixels a side, a Gaussian of R / 40, every seventh cell of an 8 x 8 grid
+             choice (no strengths are given): R / 22 pixels a side, a Gaussian of R / 40, every
+             seventh cell of an 8 x 8 grid; they bring real clips of 256 x 256 near its input PSNR
     """
     R = video.shape[-1]
     flat = video.flatten(0, -4)                                                     # (n, 3, R, R)
@@ -342,10 +344,10 @@ def psnr(a, b):
     return -10 * error.square().mean((-3, -2, -1)).clamp(min=1e-12).log10()
 
 
-# ------------------------------------------------------------------------------------------ clips for measuring
+# ------------------------------------------------------------------------------ clips for measuring
 
 def to_uint8(video):
-    """Pixels to bytes by rounding. Shapes: (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) numpy uint8."""
+    """Pixels to bytes, rounded. Shapes: (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) numpy uint8."""
     video = (video.movedim(-3, -1).float() + 1) * 127.5
     return video.round().clamp(0, 255).byte().cpu().numpy()
 
@@ -357,13 +359,14 @@ def from_uint8(video):
 
 
 class Videos:
-    """Clips on disk for measuring: a uint8 .npy (n, T, R, R, 3), and a .json with all that is known of them.
+    """Clips on disk for measuring: a uint8 .npy (n, T, R, R, 3), a .json that says what they are.
 
-    `create` and `add` write, and go on where an equal run was stopped; `close` finishes with checksums.
-    `open` checks them and reads. With tokens (n, N, d) these stand in `<stem>.tokens.npy`, float32.
+    `create` and `add` write, and go on where an equal run was stopped; `close` adds checksums.
+    `open` reads, after it checked them. Weight tokens go beside them, to `<stem>.tokens.npy`.
 
-    Shapes:  self[i, seed] -> (T, 3, R, R) in [-1, 1], label int: like a dataset, whatever the seed
-    Raises:  SystemExit in one line for a full disk and for a damaged, foreign or unfinished file
+    Shapes:  self[i, seed] -> (T, 3, R, R) in [-1, 1], label int: as a dataset, whatever the seed;
+             self.tokens (n, N, d) float32 or None
+    Raises:  SystemExit in one line for a full disk, and for a damaged, foreign or unfinished file
     """
 
     def __init__(self, path):
@@ -373,7 +376,7 @@ class Videos:
 
     @classmethod
     def create(cls, path, settings, classes):
-        """Open for appending; goes on where settings and classes are those of the clips already there."""
+        """Open for appending; goes on where the clips there have these settings and classes."""
         self = cls(path)
         fresh = json.dumps(dict(settings=settings, classes=classes, labels=[], sha256={}))
         self.about = json.loads(fresh)                  # as it will be read back
@@ -418,7 +421,7 @@ class Videos:
         self = cls(path)
         self.about = read_checked(self.about_path)
         if not self.about or not self.about.get("sha256"):
-            raise SystemExit(f"{path}: its .json is missing, damaged or not finished; make the clips again")
+            raise SystemExit(f"{path} is unfinished or its .json damaged: make the clips again")
         self.tokens = None
         try:
             for name, known in self.about["sha256"].items():
@@ -447,22 +450,23 @@ def main(argv=None):
     """Command line: print what the data set holds. Returns the data set."""
     cfg = parse_config(Config, {}, argv)
     dataset = build_dataset(cfg)
-    print(f"{len(dataset)} videos of {len(dataset.classes)} classes; clips of {cfg.frames} x {cfg.resolution}^2")
+    print(f"{len(dataset)} videos of {len(dataset.classes)} classes; "
+          f"clips of {cfg.frames} x {cfg.resolution}^2")
     for label, name in enumerate(dataset.classes):
         print(f"{(dataset.labels == label).sum():8d} {name}")
     return dataset
 
 
-# ------------------------------------------------------------------------------------------ The method ends here
-# Below: the command line, finding and scanning videos, exact seeking, files, pictures, the page of a run.
+# ------------------------------------------------------------------------------ The method ends here
+# Below: the command line, finding videos, exact seeking, files and processes, pictures, the page.
 
 def parse_config(cls, presets, argv=None, dataset=None):
-    """Turn a config dataclass into a command line: one flag a field, the comment on its line is the help.
+    """Turn a config dataclass into a command line: a flag for each field, its comment is the help.
 
-    Authority: dataclass default < preset row picked by --dataset < explicit flag. `dataset` is the row
-    used when the flag is absent. A comment that starts with `a|b|c:` allows those values only, one that
-    starts with `lo..hi:` or `lo..:` numbers in that range. A field without a comment is a KeyError on
-    purpose: settings that nobody explained do not ship. Unknown flags and bad values exit with 2.
+    Authority: dataclass default < preset row picked by --dataset < explicit flag. `dataset` is the
+    row used when the flag is absent. A comment that starts with `a|b|c:` allows those values only,
+    one that starts with `lo..hi:` or `lo..:` numbers in that range. A field without a comment is a
+    KeyError on purpose: settings that nobody explained do not ship. Bad values exit with 2.
     """
     notes = dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
     about = inspect.cleandoc(sys.modules[cls.__module__].__doc__).split("\n")[0]
@@ -487,7 +491,7 @@ def parse_config(cls, presets, argv=None, dataset=None):
 
 
 def allowed(value, note):
-    """Whether a setting is one of `a|b|c:` or within `lo..hi:`, if its comment starts so; nan and inf never are."""
+    """Whether a setting is what the start of its comment allows; nan and inf never are."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     choices = re.match(r"([\w.]+(\|[\w.]+)+):", note)
@@ -499,10 +503,10 @@ def allowed(value, note):
     return True
 
 
-# ------------------------------------------------------------------------------------------ finding videos
+# ------------------------------------------------------------------------------ finding videos
 
 SUFFIXES = {"." + suffix for suffix in (
-    "3gp asf avi divx f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv y4m").split()}
+    "3gp asf avi f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv y4m").split()}
 LEAVINGS = {"__macosx", "@eadir", "$recycle.bin", "recycler", "lost+found", "#recycle", "@recycle",
             "system volume information"}
 TREE = f"""a --data-root is expected to look like
@@ -553,7 +557,7 @@ def find_videos(cfg):
 
 
 def class_of(path):
-    """The class of a video: the name of its folder on one line, in whatever Unicode form it is stored."""
+    """The class of a video: the name of its folder, on one line and in one Unicode form."""
     name = os.path.basename(os.path.dirname(os.path.abspath(path)))
     name = os.fsencode(name).decode("utf-8", "replace")
     return " ".join(unicodedata.normalize("NFC", name).split())
@@ -568,13 +572,14 @@ def group_of(path, root):
 
 
 def split_groups(split):
-    """The groups 1..25 that train: all, train (8-25), test (1-7), as UCF-101's split 1; or 1-19,23."""
+    """The groups that train: all, train (8-25), test (1-7) as UCF-101's split 1, or 1-19,23."""
     named = {"all": "1-25", "train": "8-25", "test": "1-7"}.get(split, split)
     groups = set()
     for part in named.split(","):
         first, _, last = part.partition("-")
         last = last or first
-        if not re.fullmatch("[0-9]+ [0-9]+", f"{first} {last}") or not 1 <= int(first) <= int(last) <= 25:
+        numbers = re.fullmatch("[0-9]+ [0-9]+", f"{first} {last}")
+        if not numbers or not 1 <= int(first) <= int(last) <= 25:
             raise SystemExit(f"--split {split}: all, train, test or groups of 1-25 such as 1-19,23")
         groups.update(range(int(first), int(last) + 1))
     return groups
@@ -583,8 +588,8 @@ def split_groups(split):
 def scan(files, root, index_path):
     """Look through every file once: how many frames decode, and where decoding may begin.
 
-    What index.json already knows is taken from there where size and time of change agree.
-    Returns {path: dict(size, mtime, frames, keys, error)}; frames is 0 where a file cannot be read
+    What index.json knows is taken from there, where size and time of change agree.
+    Returns {path: dict(size, mtime, frames, keys, error)}; frames is 0 where it cannot be read
     """
     index = read_checked(index_path)
     if index is None:
@@ -621,9 +626,9 @@ def scan(files, root, index_path):
 
 
 def in_threads(work, items, **bar):
-    """work(item, stop) of every item, in order, by threads with a bar.
+    """work(item, stop) of every item, in order, done by threads under a bar.
 
-    When the caller stops, by Ctrl-C or otherwise, `stop` is set and `decode` ends at its next packet
+    When the caller ends early, as by Ctrl-C, `stop` is set, and `decode` ends at its next packet
     """
     stop = threading.Event()
     pool = ThreadPoolExecutor()                         # the decoder releases the interpreter lock
@@ -635,7 +640,7 @@ def in_threads(work, items, **bar):
         pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------ exact seeking
+# ------------------------------------------------------------------------------ exact seeking
 
 NEVER = threading.Event()
 
@@ -645,7 +650,7 @@ def decode(path, damage, stamp=None, stop=NEVER):
 
     A damaged packet costs its own frames, and is noted in the list `damage`.
 
-    Returns  pairs of a frame and how to show it: the aspect of its pixels, and the display matrix or None
+    Returns pairs: a frame, and how to show it (aspect of its pixels, display matrix or None)
     Raises:  whatever the decoder raises for a file that it cannot open
     """
     if not os.path.isfile(path):                        # opening a named pipe would wait for ever
@@ -655,8 +660,8 @@ def decode(path, damage, stamp=None, stop=NEVER):
         stream = file.streams.best("video")             # as players choose: no cover picture
         if stream is None:
             raise ValueError("no film in it")
-        stream.codec_context.options = {"max_pixels": str(2 ** 25)}     # 8K; damaged headers claim anything
-        stream.codec_context.thread_count = 1           # loader workers and the scan run side by side already
+        stream.codec_context.options = {"max_pixels": str(2 ** 25)}     # 8K: damaged headers lie
+        stream.codec_context.thread_count = 1           # files are read side by side already
         aspect = stream.sample_aspect_ratio or 1
         if not 1 / 8 < aspect < 8:
             aspect = 1
@@ -675,17 +680,17 @@ def decode(path, damage, stamp=None, stop=NEVER):
             for frame in frames:
                 if stamp is None or frame.pts == stamp:
                     stamp = None                        # the key frame is found: all from here on
-                    # Once a file: frames whose side data was looked at wait for the garbage collector.
+                    # Once a file: a frame whose side data was asked for stays in memory for long.
                     show = show or (aspect, frame.side_data.get("DISPLAYMATRIX"))
                     yield frame, show
         raise KeyboardInterrupt
 
 
 def survey(path, stop=NEVER):
-    """Count the frames that really decode, as headers of damaged files lie; list where decoding may begin.
+    """Count the frames that really decode, as headers lie; list where decoding may begin.
 
-    Returns  dict(frames, keys, error): the count, [[frame index, time stamp]] of key frames at least 8
-             apart, and what was damaged
+    Returns dict(frames, keys, error): the count, [[frame index, time stamp]] of key frames at least
+    8 apart, and what was damaged
     Raises:  what the decoder raises
     """
     stamps = []
@@ -693,11 +698,11 @@ def survey(path, stop=NEVER):
     damage = []
     for k, (frame, _) in enumerate(decode(path, damage, stop=stop)):
         stamps.append(frame.pts)
-        if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little and make a long index
+        if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little
             keys.append([k, frame.pts])
     if not stamps:
         raise ValueError(f"no frame decodes {damage[:1]}")
-    # B-frames in avi: stamps do not name frames. Damage: frames may be missing when begun elsewhere.
+    # With B-frames in avi stamps do not name frames; after damage numbers may depend on the start.
     rising = None not in stamps and all(a < b for a, b in zip(stamps, stamps[1:]))
     if damage or not rising:
         keys = keys[:1]
@@ -710,13 +715,13 @@ def count_frames(path):
 
 
 def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
-    """Frames `indices` (ascending) of a video, exactly; begins at the last of `keys` (`survey`) before.
+    """Frames `indices` (ascending) of a video, exactly; begins at the last of `keys` before them.
 
     Shapes:  -> (len(indices), R, R, 3) uint8; every frame is shrunk before the next is decoded
     Raises:  ValueError when the file is unreadable or ends too early
     """
     problem = "it ends too early"
-    scaler = VideoReformatter()                         # PyAV's own keeps threads, which no fork survives
+    scaler = VideoReformatter()                         # PyAV's own has threads, which no fork survives
     nearest = max(key for key in keys if key[0] <= indices[0])
     for first, stamp in (nearest, (0, None)):           # 0: where a seek failed
         try:
@@ -730,11 +735,11 @@ def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
         except Exception as error:                      # hostile files raise anything
             problem = repr(error)
     raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem} "
-                     f"(av {av.__version__}; 17 or later is needed)")
+                     f"(av {av.__version__}; 17.1 or later is needed)")
 
 
 def upright(frame, aspect, matrix, scaler):
-    """A frame as a player shows it: square pixels, turned and mirrored. Shapes: -> (H, W, 3) uint8."""
+    """A frame as a player shows it: square pixels, turned, mirrored. Shapes: -> (H, W, 3) uint8."""
     width = max(round(frame.width * aspect), 1)
     image = scaler.reformat(frame, width=width, format="rgb24", threads=1).to_ndarray()
     if matrix is not None:
@@ -754,9 +759,9 @@ def shrink(image, resolution):
     """Shorter side to R (bilinear, antialiased, whole levels), centre crop.
 
     Shapes:  (H, W, 3) uint8 -> (R, R, 3) uint8
-    Source:  choice (the paper names only the size): antialias as LARP, whose protocol the paper follows
+    Source:  choice (the paper names only the size): antialias as LARP, whose protocol it follows
     """
-    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # resized as uint8: float takes 4 times as long
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # as uint8: float takes 4 times as long
     h, w = image.shape[:2]
     size = [round(side * resolution / min(h, w)) for side in (h, w)]
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
@@ -765,10 +770,10 @@ def shrink(image, resolution):
     return x[0, :, top:top + resolution, left:left + resolution].permute(1, 2, 0)
 
 
-# ------------------------------------------------------------------------------------------ files and processes
+# ------------------------------------------------------------------------------ files and processes
 
 class Unreadable(SystemExit, Exception):
-    """An end in one line, also where a loader process passes it on with a whole traceback as its text."""
+    """An end in one line, even when a loader process passes it on with a traceback for its text."""
 
     def __init__(self, told):
         super().__init__(told.strip().split("\n")[-1])
@@ -802,7 +807,7 @@ def write_checked(path, about):
 
 
 def read_checked(path):
-    """What `write_checked` wrote there; None where the file is absent, damaged or somebody else's."""
+    """What `write_checked` wrote there; None if the file is absent, damaged or somebody else's."""
     try:
         found = json.loads(path.read_text())
         if found["data.py"] == zlib.crc32(json.dumps(found["about"]).encode()):
@@ -852,7 +857,7 @@ def written(folder):
 
 @contextlib.contextmanager
 def claim(folder):
-    """Make a run's folder and hold it: a second run into it, or a folder that cannot be, is one line."""
+    """Make a run's folder and hold it, so that a second run into it ends in one line."""
     folder = Path(folder)
     with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -862,7 +867,7 @@ def claim(folder):
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"another run is writing into {folder}; choose another --out") from None
+            raise SystemExit(f"another run writes into {folder}; choose another --out") from None
         except OSError:                                 # a network disk without locks
             pass
         yield
@@ -901,33 +906,34 @@ def free_memory(device):
 
 
 def load_lpips(name, device):
-    """LPIPS (arXiv 1801.03924), frozen; a loss of stage 1 and a measurement. SystemExit without weights."""
+    """LPIPS (arXiv 1801.03924), frozen. Raises: SystemExit in one line without weights."""
     import lpips                    # takes seconds, and most runs do not need it
     try:
         return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"no {name} weights for LPIPS ({error}): put torchvision's file into "
-                         f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or do without "
-                         "it (stage 1: --lpips-weight 0; fvd.py: --lpips-net none)") from error
+                         f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or do "
+                         "without it (stage 1: --lpips-weight 0; fvd.py: --lpips-net none)") from error
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ pictures
 
 def enlarge(video, side):
     """A whole number of times as large, smoothly, `side` pixels at most. Shapes: (..., 3, H, W)."""
     scale = side // max(video.shape[-2:])
     if scale < 2:
         return video
-    flat = F.interpolate(video.flatten(0, -4), scale_factor=scale, mode="bicubic")
+    flat = video.flatten(0, -4).float()
+    flat = F.interpolate(flat, scale_factor=scale, mode="bicubic")
     return flat.clamp(-1, 1).unflatten(0, video.shape[:-3])
 
 
 def tile(videos, columns, labels=()):
-    """Videos side by side on white, each below its label; small ones are enlarged to about 128 pixels.
+    """Videos side by side on white, each below its label; small ones are enlarged to 128 pixels.
 
     Shapes:  videos (n, T, 3, H, W) in [-1, 1], labels n strings or none -> (T, 3, H', W')
     """
-    videos = enlarge(videos.cpu().float(), 128)
+    videos = enlarge(videos.cpu(), 128)
     n, T, _, H, W = videos.shape
     letters = W // 8                                    # height of the text: to be read on a phone
     border = 4
@@ -951,14 +957,14 @@ def tile(videos, columns, labels=()):
 
 
 def save_video(path, video, fps=8):
-    """Write one video as mp4, gif or png by the suffix; a png is a contact sheet, time from left to right.
+    """Write one video as mp4, gif or png, by the suffix; a png shows time from left to right.
 
-    Frames below 128 pixels are enlarged to about 256. What is written is noted in the folder's `.written`,
-    so that no run trains on it; a file that is not in there is never replaced.
+    Frames below 128 pixels are enlarged to about 256. The name is noted in the folder's `.written`,
+    so that no run trains on it; a file that is not noted there is never replaced.
 
     Shapes:  video (T, 3, H, W) in [-1, 1]
-    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten: above 50
-             frames a second some are left out, and delays are rounded so that their sum stays right
+    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
+             above 50 frames a second some are left out, and the rounded delays keep their sum
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
     path = Path(path)
@@ -968,20 +974,21 @@ def save_video(path, video, fps=8):
     if path.suffix == ".png" and len(video) > 1:
         video = tile(video[None].transpose(0, 1), len(video))                       # (1, 3, H', W')
     if max(video.shape[-2:]) < 128:
-        video = enlarge(video.float(), 256)
+        video = enlarge(video, 256)
+    odd_rows = video.shape[-2] % 2                      # mp4 wants even sides
+    odd_columns = video.shape[-1] % 2
+    video = F.pad(video.float(), (0, odd_columns, 0, odd_rows), mode="replicate")
     frames = to_uint8(video)                                                        # (T, H, W, 3)
     options = {}
     if path.suffix == ".png":
         frames = frames[0]
     elif path.suffix == ".gif":
         step = max(math.ceil(fps / 50), 1)
-        ends = np.append(np.arange(step, len(frames), step), len(frames))
-        delays = np.diff(np.round(100 * ends / fps), prepend=0).clip(2)
+        ends = np.arange(0, len(frames), step) + step
+        delays = np.diff(np.round(100 * ends.clip(max=len(frames)) / fps), prepend=0).clip(2)
         frames = frames[::step]
         options = dict(duration=(10 * delays).tolist(), loop=0)
     else:
-        _, H, W, _ = frames.shape                       # the codec wants even sides
-        frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
         options = dict(plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
     blob = iio.imwrite("<bytes>", frames, extension=path.suffix, **options)
     with one_line(path):
@@ -992,13 +999,13 @@ def save_video(path, video, fps=8):
     write_file(path, blob)
 
 
-# ------------------------------------------------------------------------------------------ the page of a run
+# ------------------------------------------------------------------------------ the page of a run
 
 def write_page(folder, title, settings):
     """index.html of a run's folder: sliders, videos, pictures, curves of log.jsonl, settings.
 
-    It opens from the disk without a server, and names only files that are there and ours. An index.html
-    that is not ours stays, and the page becomes run.html.
+    It opens from the disk without a server, and names only files that are there and ours. Where
+    somebody else's index.html stands, the page becomes run.html.
     """
     folder = Path(folder)
     page = folder / "index.html"
@@ -1015,10 +1022,10 @@ def write_page(folder, title, settings):
     about = folder / "interp_sheet.json"
     if about.exists() and about.with_suffix(".png").exists():
         sheet = json.loads(about.read_text())
-    step = len(rows) // 500 + 1                         # more points than a screen has are of no use
-    about = dict(title=title, settings={key: str(value) for key, value in settings.items()},
-                 files=[path.name for path in files], rows=rows[::-step][::-1], sheet=sheet)
-    text = json.dumps(about).replace("<", "\\u003c")    # a class may be called </script>
+    step = len(rows) // 500 + 1                         # a screen has no room for more points
+    about = dict(title=title, settings=settings, files=[path.name for path in files],
+                 rows=rows[::-step][::-1], sheet=sheet)
+    text = json.dumps(about, default=str).replace("<", "\\u003c")     # names may hold </script>
     write_file(page, PAGE.replace("DATA", text).encode())
 
 
