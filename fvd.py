@@ -1,7 +1,7 @@
 """FVD and its company, every number printed with the protocol behind it.
 
     python fvd.py --real UCF-101 --fake out/samples                 # FVD at 2048 clips a side
-    python fvd.py --real out/rec --fake out/rec                     # sample.py --reconstruct's pair: rFVD, PSNR
+    python fvd.py --real out/rec --fake out/rec --lpips-net alex    # of sample.py --reconstruct: rFVD, PSNR
     python fvd.py --real UCF-101 --fake out/long --frames 128 --action-similarity 16    # Tables A9, A10
     python fvd.py --dataset k600 --real k600/val --fake out/k600    # features of 64 x 64 pixels
     python fvd.py --real toy --fake out/samples --features random   # offline: FD-random, which is not FVD
@@ -71,12 +71,12 @@ def frechet_distance(a, b):
     It is biased upward by about c (1/n + 1/m).
 
     Shapes:  a (n, d), b (m, d) -> float
-    Raises:  ValueError for fewer than 2 rows or values that are not finite
+    Raises:  ValueError for values that are not finite
     Source:  paper (Sec. 4.1), FVD of arXiv 1812.01717
              choice (not said): float64 and singular values; float32 and matrix roots miss by tenths
     """
-    if min(len(a), len(b)) < 2 or not torch.cat([a, b]).isfinite().all():
-        raise ValueError(f"{len(a)} and {len(b)} features: 2 of each are the least, all finite")
+    if not torch.cat([a, b]).isfinite().all():
+        raise ValueError("the network of --features gave values that are not finite")
     a = a.double()
     b = b.double()
     root_a = covariance_root(a)
@@ -233,8 +233,8 @@ def copied_clips(real, fake, of_real, of_fake, ask, cfg):
     """
     few = replace(cfg, n=256)
     mirrored = ask(real, change=lambda video: video.flip(-1))
-    noise = 0.05                                                        # 32 dB
-    noisy = ask(Side(real.dataset, few), change=lambda x: x + noise * torch.randn_like(x))
+    # 0.05 is 32 dB.
+    noisy = ask(Side(real.dataset, few), change=lambda x: x + 0.05 * torch.randn_like(x))
     sets = {"generated": of_fake, "training, with noise": noisy}
     if not isinstance(real.dataset, Videos):
         held_out = Side(open_videos(cfg.real, cfg.split, cfg, held_out=True), few)
@@ -262,8 +262,8 @@ def copied_tokens(fake, cfg):
     cache, video = open_tokens(cfg.tokens)
     kept = getattr(fake.dataset, "tokens", None)
     if kept is None or kept.shape[1:] != cache.shape[2:]:
-        print("tokens are not compared: that takes samples with tokens beside them, and as --tokens "
-              "the cache that their model learned from")
+        print("tokens are not compared: that takes samples with tokens beside them, and as "
+              "--tokens the cache that their model learned from")
         return []
     _, logvar, drawn = draw_tokens(cache, 256)
     width = (logvar.mean(0) / 2).exp().numpy()                          # (N, d)
@@ -502,8 +502,8 @@ def load_features(cfg):
     if cfg.features == "i3d":
         return "FVD", load_i3d(cfg.i3d)
     if cfg.features == "random":
-        print("FD-random is not FVD: random convolutions rank damage to footage, but know no objects "
-              "and no actions, and no published number compares with it")
+        print("FD-random is not FVD: random convolutions rank damage to footage, but know no "
+              "objects and no actions, and no published number compares with it")
         return "FD-random", random_features
     net = load_torchscript(cfg.features)
     name = f"FD-{Path(cfg.features).stem}"
@@ -538,9 +538,9 @@ def load_torchscript(path, want=""):
             return torch.jit.load(path, map_location=DEVICE).eval()
     except (OSError, RuntimeError) as error:
         problem = f"is not there or no TorchScript ({type(error).__name__})"
-    raise SystemExit(f"{path} {problem}, so it was not opened. --features random needs no file, and "
-                     f"is not FVD. I3D is i3d_torchscript.pt (51,235,320 bytes, sha256 {I3D_SHA256}) from "
-                     f"{' or '.join(I3D_URLS)}, put there or given as --i3d PATH")
+    raise SystemExit(f"{path} {problem}, so it was not opened. --features random needs no file, but "
+                     "is not FVD. I3D is i3d_torchscript.pt (51,235,320 bytes, sha256 "
+                     f"{I3D_SHA256}) from {' or '.join(I3D_URLS)}, put there or given as --i3d PATH")
 
 
 # ------------------------------------------------------------------------------------------ the two sides
@@ -612,8 +612,8 @@ def open_videos(spec, split, cfg, held_out=False):
     """Toy clips, or those of a folder of videos, never mirrored."""
     folder = spec and Path(spec).is_dir() and cfg.stride == int(cfg.stride)
     if spec != "toy" and not folder:
-        raise SystemExit(f"{spec!r} is no folder of videos, nothing of sample.py's, and not toy: give "
-                         f"--real and --fake, or --tokens (clips of a folder: a whole --stride)")
+        raise SystemExit(f"{spec!r} is no folder of videos, nothing of sample.py's, and not toy: "
+                         "give --real and --fake, or --tokens (of a folder: with a whole --stride)")
     index = Path(cfg.out).with_suffix(".index")
     wanted = dict(dataset=spec, data_root=spec, split=split, flip=False, out=index)
     return build_dataset(SimpleNamespace(**vars(cfg) | wanted), held_out)
