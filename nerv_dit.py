@@ -30,9 +30,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import build_dataset, condition_video, file_hash, parse_config, progress, tile, write_file
-from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, ignore_stops, learning_rate,
-                      load_checkpoint, load_vae, mlp, sinusoids, size_of, update_ema)
+from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video,
+                  tile, write_file)
+from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, carry_on, ignore_stops,
+                      learning_rate, load_checkpoint, load_vae, mlp, sinusoids, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ def train(cfg):
         ema.load_state_dict(model.state_dict())
         opts = [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
         run.keep(opts, model=model, ema=ema)
-        run.resume(classes=classes, vae_sha256=vae.sha256, clips=len(cache))
+        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]), clips=len(cache))
         forward = run.wrap(model)
         schedule = noise_schedule(run.device)
         run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {cache.shape[2]} tokens")
@@ -499,7 +500,9 @@ def draw_samples(model, vae, cache, labels, classes, run):
     videos = generate(model, vae, cond.to(run.device), noise.to(run.device), sampler=cfg.sampler,
                       steps=cfg.sample_steps, guidance=guidance)
     names = [*classes, "generated"]                     # the last: of no class
-    run.show(tile(videos, 4, [names[label] for label in labels[rows].tolist()]))
+    picture = tile(videos, 4, [names[label] for label in labels[rows].tolist()])
+    with carry_on(run.picture):
+        save_video(run.picture, picture)
 
 
 def load_dit(path, device):
@@ -508,8 +511,7 @@ def load_dit(path, device):
     It has .cfg, .class_names, .step, .path, .sha256 and .vae_sha256, the tokenizer's.
     """
     ckpt = load_checkpoint(path, device, MADE_BY)
-    N, d = ckpt["ema"]["token_mean"].shape
-    model = DiT(Config(**ckpt["config"]), N, d, len(ckpt["classes"]))
+    model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"]))
     model.load_state_dict(ckpt["ema"])
     model.to(device).eval().requires_grad_(False)
     model.class_names = ckpt["classes"]

@@ -649,7 +649,8 @@ def judge(model, clips, name, run):
     columns = min(8, len(clips))
     labels = [title for title in rows for _ in range(columns)]
     picture = tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels)
-    run.show(picture)
+    with carry_on(run.picture):
+        save_video(run.picture, picture)
     return found
 
 
@@ -1005,11 +1006,10 @@ class Run(ExitStack):
             with carry_on(self.out / "index.html"):
                 write_page(self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
 
-    def show(self, picture):
-        """Write the picture of this step. Shapes: (T, 3, H, W)."""
-        path = self.out / f"step_{self.step:06d}.gif"
-        with carry_on(path):
-            save_video(path, picture)
+    @property
+    def picture(self):
+        """Where the picture of this step goes."""
+        return self.out / f"step_{self.step:06d}.gif"
 
     def leave_if_asked(self):
         """End the run where a signal asked to, or where its last save failed."""
