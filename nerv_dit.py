@@ -59,7 +59,7 @@ class Config:
     ss_stride: int = 1              # 1..999: the own step goes from t to t - stride (paper: 1)
     # optimisation
     batch: int = 32                 # 1..: B, token sets per step (choice for the paper presets: 256, as DiT)
-    steps: int = 2100               # 1..: optimizer steps (paper A.1: 1M)
+    steps: int = 1850               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
     grad_accum: int = 1             # 1..: passes that share an optimizer step, to fit a batch into memory
@@ -73,7 +73,7 @@ class Config:
     compile: bool = False           # torch.compile on CUDA
     workers: int = 0                # 0..: loader processes of each rank while the token cache is filled
     log_every: int = 50             # 1..: steps between lines of log.jsonl
-    eval_every: int = 1050          # 1..: steps between sample pictures and checkpoints
+    eval_every: int = 925           # 1..: steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt

@@ -95,7 +95,7 @@ class Config:
     gan_lr_ratio: float = 0.2       # 0..: its learning rate over the autoencoder's (paper A.1: one fifth)
     # optimisation
     batch: int = 8                  # 1..: B, clips per step (paper E.17: 32)
-    steps: int = 3600               # 1..: optimizer steps (paper A.1: 2M)
+    steps: int = 4000               # 1..: optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # 0..: peak learning rate (paper A.1: 1e-4)
     muon: bool = True               # Muon for all matrices and kernels (departs: AdamW for all, paper A.1)
     warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
@@ -108,7 +108,7 @@ class Config:
     checkpointing: bool = False     # recompute activations in the backward pass: less memory (256 x 256)
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # 1..: steps between lines of log.jsonl
-    eval_every: int = 900           # 1..: steps between held-out PSNR, pictures and checkpoints
+    eval_every: int = 1000          # 1..: steps between held-out PSNR, pictures and checkpoints
     out: str = "out/vae"            # folder of the run
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
