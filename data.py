@@ -274,12 +274,11 @@ class ClipsInMemory:
             start, stride, mirrored = self.dataset.draw(i, np.random.default_rng(seed))
             rows.append(self.first[i] + start + stride * np.arange(self.dataset.cfg.frames))
             flips.append(mirrored)
-        device = self.pixels.device
-        rows = torch.from_numpy(np.stack(rows)).to(device)                          # (B, T)
-        video = from_uint8(self.pixels[rows])                                       # (B, T, 3, R, R)
-        flips = torch.tensor(flips, device=device).view(-1, 1, 1, 1, 1)
+        video = self.pixels[torch.from_numpy(np.stack(rows)).to(self.pixels.device)]
+        flips = torch.tensor(flips, device=video.device)
+        video[flips] = video[flips].flip(-2)                                        # (B, T, R, R, 3)
         labels = torch.from_numpy(self.dataset.labels[[i for i, _ in keys]])
-        return torch.where(flips, video.flip(-1), video), labels
+        return from_uint8(video), labels
 
 
 # ------------------------------------------------------------------------------ what tasks ask of clips
@@ -549,7 +548,7 @@ def find_videos(cfg):
                 left_out["written by a run of ours"].append(name)
             elif path.suffix.lower() in SUFFIXES:
                 found.append(path)
-            else:
+            elif not (folder / ".lock").exists():       # in a run's folder other files are expected
                 left_out[f"{path.suffix.lower() or 'other'} files"].append(name)
 
     walk(root, frozenset())
@@ -1047,6 +1046,7 @@ section:not(:has(:nth-child(2))) { display: none }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
 #films .grid { grid-template-columns: repeat(auto-fill, minmax(min(9rem, 44%), 1fr)) }
 #pictures .grid { grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }
+#pictures figure:first-child { grid-column: 1 / -1 }
 img, video, #cell { display: block; max-width: 100%; max-height: 90vh; border-radius: 6px }
 .card, table { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem }
 .card b { float: right }
