@@ -204,8 +204,9 @@ def reconstruct(cfg, stages):
         given = data.degrade(video.to(stages.device), vae.cfg.degrade)
         recon = vae.play(vae.encode(given)[0])                                  # (k, T, 3, R, R)
         for store, kept in zip(stores, (video, recon)):
-            if store.done == first:                     # a stop between the two leaves one ahead
-                store.add(kept, clips.labels[part])
+            new = store.done - first                    # a stop between the two leaves one ahead
+            if new < len(part):
+                store.add(kept[new:], clips.labels[part[new:]])
     for store in stores:
         store.close()
     show_pair(cfg, stages.out, which)
@@ -377,8 +378,11 @@ def main(argv=None):
         stages = load(cfg, needs)
         if not cfg.bench:
             cfg = replace(cfg, batch=cfg.batch or 16)
-        for mode, _ in dict.fromkeys(modes):            # render_times once, for whichever flags
-            mode(cfg, stages)
+        try:
+            for mode, _ in dict.fromkeys(modes):        # render_times once, for whichever flags
+                mode(cfg, stages)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on with clips on disk") from None
         data.write_page(stages.out, "sample.py", asdict(cfg))
     return stages.out
 
@@ -398,7 +402,7 @@ class Asked:
         self.condition = self.dit.cfg.condition
         self.classes = ["video"]
         self.labels = np.zeros(n, int)
-        self.told = self.dit.label.weight.new_full((n,), self.dit.classes, dtype=torch.long)
+        self.told = torch.full((n,), self.dit.classes, device=stages.device)    # no class
         if self.condition == "class":
             self.classes = self.dit.class_names
             self.labels = pick_labels(cfg.classes, self.classes, n)
@@ -488,15 +492,16 @@ def unseen_clips(cfg, vae):
     Held-out ones of stage 1's folder; all of it where all of it trained; all of another --data-root.
     A folder that only moved is told by its files: stage 1's index knows their names and sizes.
     """
-    home = Path(vae.path).parent
-    about = replace(vae.cfg, flip=False, out=str(home))
+    about = replace(vae.cfg, flip=False, out=cfg.out)
     if cfg.data_root:
         about = replace(about, data_root=cfg.data_root)
-        known = data.read_checked(home / "index.json")
+    known = data.read_checked(vae.path.with_name("index.json"))
+    if known:
         root, files, _ = data.find_videos(about)
         sizes = {str(path.relative_to(root)): path.stat().st_size for path in files}
-        if known and not any(known[name]["size"] == sizes[name] for name in known.keys() & sizes):
-            return data.build_dataset(replace(about, split="all", out=cfg.out)), "unseen"
+        if all(known[name]["size"] != sizes[name] for name in known.keys() & sizes):
+            return data.build_dataset(replace(about, split="all")), "unseen"
+        about = replace(about, out=str(vae.path.parent))        # no need to look through them again
     clips = data.build_dataset(about, held_out=True)
     if len(clips):
         return clips, "held-out"
@@ -539,7 +544,8 @@ def load(cfg, needs):
         if cfg.classes or cfg.guidance not in (0, 1):
             raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has no "
                              "classes to choose or exaggerate; leave out --classes and --guidance")
-        how["guidance"] = 1.0
+    if dit.cfg.condition != "class" or len(dit.class_names) == 1:
+        how["guidance"] = 1.0                           # nothing to exaggerate
     if not cfg.export:
         ready_to_sample(dit, cfg, device)
     return Stages(device, out, vae, dit, how)
@@ -677,7 +683,7 @@ def token_colours(tokens):
 def few_colours(sheets):
     """All pictures on one palette: a gif then keeps only what moves, a third of the size."""
     some = Image.fromarray(np.concatenate(sheets[::8]))
-    palette = some.quantize(192, Image.Quantize.FASTOCTREE)
+    palette = some.quantize(160, Image.Quantize.FASTOCTREE)
     few = [Image.fromarray(sheet).quantize(palette=palette, dither=0) for sheet in sheets]
     return np.stack([sheet.convert("RGB") for sheet in few])
 
@@ -747,8 +753,8 @@ def unpack_tokens(blob):
 def read_nerv(path):
     """As `unpack_tokens`, of a file. Raises: SystemExit that says what is wrong with it."""
     try:
-        if os.path.getsize(path) > LARGEST:
-            raise ValueError("it is larger than any token set")
+        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
+            raise ValueError("no such file, or one larger than any token set")
         with np.errstate(over="ignore", invalid="ignore"):
             return unpack_tokens(Path(path).read_bytes())
     except Exception as error:                          # hostile files raise anything
