@@ -381,7 +381,7 @@ def train(cfg):
             noise = torch.randn(3, cfg.batch, *cache.shape[2:], device=run.device)  # (3, B, N, d)
             posterior_noise = noise[2]                  # the others are for the two passes
             model.zero_grad(set_to_none=True)
-            for part in run.passes():
+            for part in run.passes:
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
                 entry = run.send(torch.from_numpy(cache[rows[part].numpy()])).float()
                 mean, logvar, *condition = entry.unbind(1)              # (b, N, d) each

@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -535,16 +536,16 @@ def train(cfg):
             k = cfg.frames
             if cfg.frames_per_step and not gan:         # the critic looks at whole clips
                 k = cfg.frames_per_step
-            noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=run.device)[run.mine]
+            noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=run.device)
             frame = torch.randperm(cfg.frames, device=run.device)[:k].sort()[0]  # (k,)
             model.zero_grad(set_to_none=True)
             if gan:
                 critic.requires_grad_(False)            # 1 to 3 train the autoencoder alone
             pairs = []
-            for clip, clip_noise in zip(video.chunk(cfg.grad_accum), noise.chunk(cfg.grad_accum)):
+            for clip, part in zip(video.chunk(cfg.grad_accum), run.passes):
                 with run.autocast():
                     # 1. Encode, draw the tokens, decode k frames.
-                    recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), clip_noise)
+                    recon, mean, logvar = forward(degrade(clip, cfg.degrade), frame.float(), noise[part])
                     recon = recon.float()                               # (B, k, 3, H, W)
                     target = clip[:, frame]
                     # 2. Eq. 1: look like the video, to the eye and to the critic, with tokens close to N(0, 1).
@@ -758,8 +759,8 @@ class Run(ExitStack):
         if left:
             raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times "
                              f"--grad-accum {cfg.grad_accum}; it is what all do together in a step")
-        each = self.share * cfg.grad_accum
-        self.mine = slice(self.rank * each, (self.rank + 1) * each)     # rows of a batch
+        starts = range(self.rank * self.share, cfg.batch, self.world * self.share)
+        self.passes = [slice(start, start + self.share) for start in starts]    # rows of the batch
         self.step = 0
         self.networks = {}
         self.opts = []
@@ -828,6 +829,7 @@ class Run(ExitStack):
         if compiled and self.cfg.compile and self.cuda and can_compile(self.device):
             model = torch.compile(model, dynamic=False)
         if self.world > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers")     # its new name is not all of it
             model = DistributedDataParallel(model, broadcast_buffers=False)
         return model
 
@@ -906,7 +908,7 @@ class Run(ExitStack):
 
     def batches(self, clips, steps):
         """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
-        keys = (batch_keys(clips, self.cfg, step)[self.mine] for step in steps)
+        keys = (self.rows(batch_keys(clips, self.cfg, step)) for step in steps)
         if self.cfg.in_memory and not self.cfg.overfit:
             self.memory = self.memory or ClipsInMemory(clips, self.device)
             loader = map(self.memory.batch, keys)
@@ -917,10 +919,9 @@ class Run(ExitStack):
         for video, _ in loader:
             yield video.to(self.device, non_blocking=True)
 
-    def passes(self):
-        """This rank's rows of a batch, a slice for each pass."""
-        starts = range(self.mine.start, self.mine.stop, self.share)
-        return [slice(start, start + self.share) for start in starts]
+    def rows(self, batch):
+        """What of a batch this rank works on, one pass after the other."""
+        return [row for part in self.passes for row in batch[part]]
 
     def send(self, x):
         """To the device, from pinned memory, so that nothing waits for the GPU."""
