@@ -40,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, one_line,
                   parse_config, progress, psnr, ranks, save_video, tile, write_page)
@@ -684,7 +685,7 @@ def save_checkpoint(path, state):
         if isinstance(error, RuntimeError) and not re.search("writ|unexpected pos", str(error)):
             raise
         reason = getattr(error, "strerror", None) or "is the disk full?"
-        print(f"could not write {path} ({reason}); what was there stays", file=sys.stderr)
+        say(f"could not write {path} ({reason}); what was there stays", sys.stderr)
         with suppress(OSError):
             part.unlink()
         return False
@@ -895,8 +896,8 @@ class Run(ExitStack):
         """Say what is trained and show a bar; from here on a signal waits for the end of a step."""
         if self.rank == 0:
             self.put_aside()
-            print(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
-                  f"to {self.cfg.steps} of {self.path}")
+            say(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
+                f"to {self.cfg.steps} of {self.path}")
         bar = progress(None, self.rank > 0, total=self.cfg.steps, initial=self.step, desc=self.title)
         self.bar = self.enter_context(bar)
         self.since = time.perf_counter()
@@ -1002,7 +1003,7 @@ class Run(ExitStack):
         text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         self.bar.set_postfix_str(text)
         if self.bar.disable or self.time_to_look:
-            self.bar.write(f"step {self.step} of {self.cfg.steps}: {text}")
+            say(f"step {self.step} of {self.cfg.steps}: {text}")
         if self.time_to_look:
             with carry_on(self.out / "index.html"):
                 write_page(self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
@@ -1019,8 +1020,15 @@ class Run(ExitStack):
                              "make room and give the same command again")
         if self.asked:
             if self.rank == 0:
-                self.bar.write(f"stopped at step {self.step}; the same command continues {self.path}")
+                say(f"stopped at step {self.step}; the same command continues {self.path}")
             raise SystemExit(128 + self.asked)
+
+
+def say(text, file=None):
+    """A line above the bar, in a log at once; where even the log is full, training goes on."""
+    with suppress(OSError):
+        tqdm.write(text, file)
+        (file or sys.stdout).flush()
 
 
 @contextmanager
@@ -1029,7 +1037,7 @@ def carry_on(path):
     try:
         yield
     except (OSError, SystemExit) as error:
-        print(f"could not write {path} ({error}); training goes on", file=sys.stderr)
+        say(f"could not write {path} ({error}); training goes on", sys.stderr)
 
 
 def beside(setting, other):
