@@ -1,24 +1,24 @@
-"""From checkpoints to videos: generate, interpolate, look between and beyond the frames, predict, compress.
+"""From checkpoints to videos: generate, interpolate, look between frames, predict, compress.
 
-    python sample.py                            # 16 videos in out/samples: mp4, samples.gif, samples.npy
-    python sample.py --weights assets/toy       # this and all below with the weights that came along
-    python sample.py --film                     # film.gif: noise becomes weights, weights become video
-    python sample.py --interp                   # and the way from one video's weights to another's
-    python sample.py --time-interp 8            # and one of them with 8 frames for every trained one
-    python sample.py --extrapolate              # and as many frames again beyond the last trained one
-    python sample.py --interp --video-a a.mp4 --video-b b.mp4       # the way between two real videos
-    python sample.py --n 2048 --out out/eval    # for fvd.py; stopped and started again, it goes on
-    python sample.py --n 2048 --long 8          # the same with 8 frames for every trained one in all
-    python sample.py --reconstruct --n 256      # clips that did not train, and what comes back
-    python sample.py --predict clip.mp4         # its future (nerv_dit.py --condition frames, image or edge)
-    python sample.py --compress clip.mp4        # a video as a few kilobytes: clip.nerv
-    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4 and .gif
-    python sample.py --bench --model S          # how fast this machine runs the paper's sizes
+    python sample.py                       # 16 videos in out/samples: mp4, samples.gif, samples.npy
+    python sample.py --weights assets/toy  # this, and all below, with the weights that came along
+    python sample.py --film                # film.gif: noise becomes weights, weights become video
+    python sample.py --interp              # and the way from one video's weights to another's
+    python sample.py --time-interp 8       # and one of them with 8 frames for every trained one
+    python sample.py --extrapolate         # and as many frames again beyond the last trained one
+    python sample.py --interp --video-a a.mp4 --video-b b.mp4       # the way between two files
+    python sample.py --n 2048 --out out/eval     # for fvd.py; stopped and started again, it goes on
+    python sample.py --n 2048 --long 8     # the same with 8 frames for every trained one in all
+    python sample.py --reconstruct --n 256       # clips that did not train, and what comes back
+    python sample.py --predict clip.mp4    # its future (nerv_dit.py --condition frames|image|edge)
+    python sample.py --compress clip.mp4   # a video as a few kilobytes: clip.nerv
+    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, .gif
+    python sample.py --bench --model S     # how fast this machine runs the paper's sizes
 
-Letters: n videos, k of them at once, T frames, H = W = R pixels, N weight tokens, d channels a token.
+Letters: n videos, k of them at once, T frames, H = W = R pixels, N weight tokens, d channels each.
          lambda: 1 is video a, 0 is video b.
 Ranges:  pixels are in [-1, 1]; samples.npy holds uint8. mp4 and gif are lossy, for eyes only.
-Each mode is one function of the settings and of what was loaded; MODES lists them, `main` calls them.
+Each mode is one function of the settings and of what was loaded: MODES lists them, main calls them.
 """
 import json
 import os
@@ -27,7 +27,6 @@ import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,51 +85,39 @@ class Config:
     resolution: int = 128           # 128|256: pixels of the clips that --bench times
 
 
-class Stages(NamedTuple):
-    """What every mode is given besides its settings: what `load` found."""
+# -------------------------------------------------------------------------------------------- modes
 
-    device: torch.device
-    out: Path
-    vae: nerv_vae.NeRVVAE = None
-    dit: nerv_dit.DiT = None
-    how: dict = None                # sampler, steps, guidance
-
-
-# ------------------------------------------------------------------------------------------ modes
-
-def generate(cfg, stages):
+def generate(cfg, out, vae, dit):
     """n videos into samples.npy, their tokens beside them; the first also as mp4, gif and sheet.
 
     --long 8 asks every network for frames 0, 1/8 .. T - 1/8, the last 7 beyond the trained ones.
-    Source:  paper (Tables A9, A10, E.3): 16 frames trained at stride 8, 128 consecutive ones decoded
+    Source:  paper (Tables A9, A10, E.3): 16 frames trained at stride 8, 128 decoded
     """
-    vae = stages.vae
-    frame = torch.arange(vae.cfg.frames * cfg.long, device=stages.device) / cfg.long
-    asked = Asked(cfg, stages, cfg.n)
+    frame = torch.arange(vae.cfg.frames * cfg.long, device=vae.device) / cfg.long
+    asked = Asked(cfg, vae, dit, cfg.n)
     settings = dict(clip_settings(vae, cfg.long), kind="samples", n=cfg.n, seed=cfg.seed,
                     labels_drawn="in turn", asked=cfg.classes, condition=asked.condition,
-                    dit_sha256=stages.dit.sha256, dit_step=stages.dit.step, **stages.how)
-    path = stages.out / "samples.npy"
+                    dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
+    path = out / "samples.npy"
     store = Videos.create(path, settings, asked.classes)
     batches = range(store.done, cfg.n, cfg.batch)
     for first in data.progress(batches, desc="generating", unit="batch"):
         last = min(first + cfg.batch, cfg.n)
-        tokens = draw(cfg, stages, asked, first, last)                          # (k, N, d)
+        tokens = draw(cfg, dit, asked, first, last)                          # (k, N, d)
         store.add(vae.play(tokens, frame), asked.labels[first:last], tokens)
     store.close()
-    show_samples(cfg, stages.out, Videos.open(path))
+    show_samples(cfg, out, Videos.open(path))
 
 
-def interpolate(cfg, stages):
+def interpolate(cfg, out, vae, dit):
     """lambda * a + (1 - lambda) * b on the tokens of two videos.
 
     interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page.
     Source:  paper (Sec. 4.5.2): kernels go straight, then are normalised
     """
-    out = stages.out
-    a, b = two_ends(cfg, stages)                                                # (N, d) each
-    lam = torch.linspace(1, 0, 25, device=stages.device)[:, None, None]         # (25, 1, 1)
-    videos = stages.vae.play(lam * a + (1 - lam) * b)                           # (25, T, 3, R, R)
+    a, b = two_ends(cfg, out, vae)                                                # (N, d) each
+    lam = torch.linspace(1, 0, 25, device=vae.device)[:, None, None]         # (25, 1, 1)
+    videos = vae.play(lam * a + (1 - lam) * b)                           # (25, T, 3, R, R)
     T = videos.shape[1]
     R = videos.shape[-1]
     sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
@@ -143,65 +130,62 @@ def interpolate(cfg, stages):
     print(f"wrote {out}/interp.gif and .png: from lambda 1 to 0; with sliders in index.html")
 
 
-def render_times(cfg, stages):
-    """The first video's weights asked for frames between and beyond the trained ones (Sec. 4.5.1)."""
-    out = stages.out
-    T = stages.vae.cfg.frames
+def render_times(cfg, out, vae, dit):
+    """The first video's weights asked for frames between and beyond the trained (Sec. 4.5.1)."""
+    T = vae.cfg.frames
     k = max(cfg.time_interp, 1)
-    tokens = two_ends(cfg, stages)[:1]                                          # (1, N, d)
-    frame = torch.arange(2 * T * k, device=stages.device) / k                   # 0, 1/k .. 2T - 1/k
+    tokens = two_ends(cfg, out, vae)[:1]                                          # (1, N, d)
+    frame = torch.arange(2 * T * k, device=vae.device) / k                   # 0, 1/k .. 2T - 1/k
     if cfg.time_interp:
-        video = stages.vae.play(tokens, frame[:T * k])[0]                       # (T k, 3, R, R)
+        video = vae.play(tokens, frame[:T * k])[0]                       # (T k, 3, R, R)
         save_video(out / "time_interp.gif", video, cfg.fps * k)
         labels = [f"t = {t:.3g}" for t in frame[:4 * k]]
         save_video(out / "time_interp.png", tile(video[:4 * k, None], k, labels))
         print(f"wrote {out}/time_interp.gif and .png: {k} frames for every trained one")
     if cfg.extrapolate:
-        video = stages.vae.play(tokens, frame[::k])[0]                          # (2T, 3, R, R)
+        video = vae.play(tokens, frame[::k])[0]                          # (2T, 3, R, R)
         save_video(out / "extrapolate.gif", video, cfg.fps)
         labels = [f"frame {t}" for t in range(2 * T)]
         save_video(out / "extrapolate.png", tile(video[:, None], T, labels))
         print(f"wrote {out}/extrapolate.gif and .png: frames {T} to {2 * T - 1} never trained")
 
 
-def predict(cfg, stages):
-    """From a real video what the DiT was trained to make: its future, its motion, or its colours."""
-    dit = stages.dit
+def predict(cfg, out, vae, dit):
+    """From a real video what the DiT learned to make: its future, its motion, or its colours."""
     kind = dit.cfg.condition
     if not dit.by_tokens:
         raise SystemExit(f"{dit.path} was trained with --condition {kind}; --predict needs a DiT "
                          "trained with --condition frames, image or edge")
-    clip = file_tokens(cfg.predict, stages)[1]                                  # (T, 3, R, R)
+    clip = file_tokens(cfg.predict, vae)[1]                                  # (T, 3, R, R)
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
-    told = stages.vae.encode(shown[None].to(stages.device))[0]                  # (1, N, d)
+    told = vae.encode(shown[None].to(vae.device))[0]                  # (1, N, d)
     told = told.expand(cfg.n, -1, -1)
     videos = [clip[None], shown[None]]
     for first in range(0, cfg.n, cfg.batch):
-        tokens = draw(cfg, stages, told, first, min(first + cfg.batch, cfg.n))  # (k, N, d)
-        videos.append(stages.vae.play(tokens))
-    videos = torch.cat(videos)                                                  # (2 + n, T, 3, R, R)
+        tokens = draw(cfg, dit, told, first, min(first + cfg.batch, cfg.n))  # (k, N, d)
+        videos.append(vae.play(tokens))
+    videos = torch.cat(videos)                                                  # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
-    save_video(stages.out / "predict.gif", tile(videos, 6, names), cfg.fps)
-    save_video(stages.out / "predict.png", strips(videos[:8], names))
-    print(f"wrote {stages.out}/predict.gif and .png: the video, what was shown, {cfg.n} answers")
+    save_video(out / "predict.gif", tile(videos, 6, names), cfg.fps)
+    save_video(out / "predict.png", strips(videos[:8], names))
+    print(f"wrote {out}/predict.gif and .png: the video, what was shown, {cfg.n} answers")
 
 
-def reconstruct(cfg, stages):
+def reconstruct(cfg, out, vae, dit):
     """Clips that did not train and what comes back: original.npy and reconstruction.npy, a pair."""
-    vae = stages.vae
     clips, which = unseen_clips(cfg, vae)
     chosen = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]    # one clip a video
-    settings = dict(clip_settings(vae), which=which, seed=cfg.seed)
-    settings["pair"] = f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}"
+    settings = dict(clip_settings(vae), which=which, seed=cfg.seed,
+                    pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
     stores = []
     for kind in ("original", "reconstruction"):
-        path = stages.out / f"{kind}.npy"
+        path = out / f"{kind}.npy"
         stores.append(Videos.create(path, dict(settings, kind=kind), clips.classes))
     batches = range(min(store.done for store in stores), len(chosen), cfg.batch)
     for first in data.progress(batches, desc="reconstructing", unit="batch"):
         part = chosen[first:first + cfg.batch].tolist()
         video = torch.stack([clips[i, i][0] for i in part])                     # (k, T, 3, R, R)
-        given = data.degrade(video.to(stages.device), vae.cfg.degrade)
+        given = data.degrade(video.to(vae.device), vae.cfg.degrade)
         recon = vae.play(vae.encode(given)[0])                                  # (k, T, 3, R, R)
         for store, kept in zip(stores, (video, recon)):
             new = store.done - first                    # a stop between the two leaves one ahead
@@ -209,13 +193,12 @@ def reconstruct(cfg, stages):
                 store.add(kept[new:], clips.labels[part[new:]])
     for store in stores:
         store.close()
-    show_pair(cfg, stages.out, which)
+    show_pair(cfg, out, which)
 
 
-def compress(cfg, stages):
-    """The first clip of a video as a .nerv file; prints what each number of bits costs and keeps."""
-    vae = stages.vae
-    tokens, clip = file_tokens(cfg.compress, stages)                            # (N, d), (T, 3, R, R)
+def compress(cfg, out, vae, dit):
+    """A video's first clip as a .nerv file; prints what each number of bits costs and keeps."""
+    tokens, clip = file_tokens(cfg.compress, vae)                        # (N, d), (T, 3, R, R)
     if not tokens.isfinite().all():
         raise SystemExit(f"the tokens of {cfg.compress} are not finite; train the tokenizer again")
     T = len(clip)
@@ -226,66 +209,62 @@ def compress(cfg, stages):
     print(" bits    bytes   bits/pixel   PSNR dB")
     for bits in (4, 5, 6, 7, 8, 32):
         blob = pack_tokens(tokens[used], bits, vae_sha256=vae.sha256, frames=T, resolution=R)
-        video = play_numbers(unpack_tokens(blob)[1], stages)                    # (T, 3, R, R)
+        video = play_numbers(unpack_tokens(blob)[1], vae)                    # (T, 3, R, R)
         quality = data.psnr(video, clip).mean()
         print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / (T * R * R):12.4f} {quality:9.2f}")
         videos.append(video)
         names.append(f"{bits} bits, {len(blob)} bytes")
         if bits == cfg.bits:
-            path = stages.out / (Path(cfg.compress).stem + ".nerv")
+            path = out / (Path(cfg.compress).stem + ".nerv")
             data.write_file(path, blob)
-    save_video(stages.out / "compress.png", strips(torch.stack(videos), names))
+    save_video(out / "compress.png", strips(torch.stack(videos), names))
     print(f"wrote {path} at {cfg.bits} bits: {T} frames of {R} x {R}; and compress.png")
 
 
-def decompress(cfg, stages):
+def decompress(cfg, out, vae, dit):
     """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
-    vae = stages.vae
     header, numbers = read_nerv(cfg.decompress)
     made_by = str(header.get("vae_sha256"))
     if made_by != vae.sha256 or len(numbers) != vae.decoder.used.sum():
         raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae.path} (its "
                          f"sha256 starts {made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one "
                          "with --vae")
-    video = play_numbers(numbers, stages)                                       # (T, 3, R, R)
-    path = stages.out / Path(cfg.decompress).name       # clip.nerv.mp4: clip.mp4 may be the original
+    video = play_numbers(numbers, vae)                                       # (T, 3, R, R)
+    path = out / Path(cfg.decompress).name       # clip.nerv.mp4: clip.mp4 is the original's
     for suffix in (".mp4", ".gif"):
         save_video(path.with_name(path.name + suffix), video, cfg.fps)
     print(f"wrote {path}.mp4 and .gif: {len(video)} frames of {vae.cfg.resolution} pixels a side")
 
 
-def film(cfg, stages):
+def film(cfg, out, vae, dit):
     """The sampler at work, film.gif: tokens turn from noise to weights, beside what they decode to.
 
     Up to 6 videos and 50 steps. The clip runs to and fro meanwhile, and for three seconds after.
     """
-    dit = stages.dit
     n = min(cfg.n, 6)
-    asked = Asked(cfg, stages, n)
+    asked = Asked(cfg, vae, dit, n)
     noise = noise_for(0, n, dit, cfg.seed)                                      # (n, N, d)
     walk = list(denoise_steps(dit, asked[0:n], noise, seed=noise_seed(cfg.seed, 0), quiet=False,
-                              **stages.how))
+                              **dit.how))
     every = -(-len(walk) // 50)
     walk = walk[::-1][::every][::-1]                    # the last one always
     names = [asked.classes[label] for label in asked.labels]
-    turn = max(stages.vae.cfg.frames - 1, 1)
+    turn = max(vae.cfg.frames - 1, 1)
     sheets = []
     for i in range(len(walk) + 38):
         step = min(i + 1, len(walk))
         z, guess = walk[step - 1]                                               # (n, N, d) each
         time = i * cfg.fps / 12.5 % (2 * turn)
         time = min(time, 2 * turn - time)                                       # 0 .. T-1 .. 0 ..
-        videos = stages.vae.play(guess, torch.tensor([time], device=stages.device))[:, 0]
+        videos = vae.play(guess, torch.tensor([time], device=vae.device))[:, 0]
         tokens = (z - dit.token_mean) / dit.token_std
         sheets.append(film_sheet(tokens.cpu(), videos, names, step / len(walk)))
-    save_video(stages.out / "film.gif", data.from_uint8(few_colours(sheets)), 12.5)
-    print(f"wrote {stages.out}/film.gif: {len(walk)} steps from noise to weights, and to video")
+    save_video(out / "film.gif", data.from_uint8(few_colours(sheets)), 12.5)
+    print(f"wrote {out}/film.gif: {len(walk)} steps from noise to weights, and to video")
 
 
-def export(cfg, stages):
+def export(cfg, out, vae, dit):
     """The averaged weights of both stages in half precision, without optimizers: to hand on."""
-    vae = stages.vae
-    dit = stages.dit
     vae_path = Path(f"{cfg.export}-vae.pt")
     dit_path = Path(f"{cfg.export}-dit.pt")
     write_half(vae_path, vae, config=asdict(vae.cfg), classes=vae.classes, made_by=nerv_vae.MADE_BY)
@@ -295,14 +274,14 @@ def export(cfg, stages):
     print(f"wrote {vae_path} and {dit_path}; use them with --weights {cfg.export}")
 
 
-def bench(cfg, stages):
+def bench(cfg, out, vae, dit):
     """Time the paper's sizes with random weights on this machine.
 
     Source:  paper (Tables A2, A3, E.16), and one training step of each stage
              departs (E.1 averages 100 calls): the median of what fits into 3 seconds; no LPIPS, no
              GAN; bfloat16 and torch.compile on CUDA only
     """
-    device = stages.device
+    device = nerv_vae.pick_device(cfg.device)
     B = cfg.batch or 1
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
@@ -346,7 +325,7 @@ def bench(cfg, stages):
         table.row(f"{steps} {sampler} steps, guidance 2", dit,
                   lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0),
                   2 * steps * denoising, steps // timed)
-    data.write_file(stages.out / "bench.json", json.dumps(table.rows, indent=1).encode())
+    data.write_file(out / "bench.json", json.dumps(table.rows, indent=1).encode())
 
 
 # flag: what it calls, and what must be loaded for it; "samples" are those of the same command
@@ -370,24 +349,22 @@ def main(argv=None):
     data.alone("sample.py")
     cfg = data.parse_config(Config, {}, argv)
     modes = [MODES[flag] for flag in MODES if getattr(cfg, flag)]
-    needs = {need for _, need in modes}
-    if not modes or "samples" in needs:
+    if not modes or "samples" in dict(modes).values():
         modes.insert(0, (generate, "samples"))
-        needs.add("samples")
     with data.claim(cfg.out):
-        stages = load(cfg, needs)
+        vae, dit = load(cfg, {need for _, need in modes})
         if not cfg.bench:
             cfg = replace(cfg, batch=cfg.batch or 16)
         try:
             for mode, _ in dict.fromkeys(modes):        # render_times once, for whichever flags
-                mode(cfg, stages)
+                mode(cfg, Path(cfg.out), vae, dit)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on with clips on disk") from None
-        data.write_page(stages.out, "sample.py", asdict(cfg))
-    return stages.out
+        data.write_page(cfg.out, "sample.py", asdict(cfg))
+    return Path(cfg.out)
 
 
-# ------------------------------------------------------------------------------------------ The method ends here
+# -------------------------------------------------------------------------- The method ends here
 # Below: what is asked for, checkpoints, pictures, .nerv files, the table of --bench.
 
 class Asked:
@@ -396,21 +373,21 @@ class Asked:
     Shapes:  self[first:last] -> what DiT is told, (k,) or (k, N, d); .labels (n,) into .classes
     """
 
-    def __init__(self, cfg, stages, n):
-        self.vae = stages.vae
-        self.dit = stages.dit
-        self.condition = self.dit.cfg.condition
+    def __init__(self, cfg, vae, dit, n):
+        self.vae = vae
+        self.dit = dit
+        self.condition = dit.cfg.condition
         self.classes = ["video"]
         self.labels = np.zeros(n, int)
-        self.told = torch.full((n,), self.dit.classes, device=stages.device)    # no class
+        self.told = torch.full((n,), dit.classes, device=vae.device)    # no class
         if self.condition == "class":
-            self.classes = self.dit.class_names
+            self.classes = dit.class_names
             self.labels = pick_labels(cfg.classes, self.classes, n)
             self.told = self.told.new_tensor(self.labels)
-        elif self.dit.by_tokens:
-            self.clips, which = unseen_clips(cfg, self.vae)
+        elif dit.by_tokens:
+            self.clips, which = unseen_clips(cfg, vae)
             order = np.random.default_rng(cfg.seed).permutation(len(self.clips))
-            self.keys = [(int(i), seed) for seed, i in enumerate(np.resize(order, n))]      # in turn
+            self.keys = [(int(i), seed) for seed, i in enumerate(np.resize(order, n))]  # in turn
             self.classes = self.clips.classes
             self.labels = self.clips.labels[np.resize(order, n)]
             self.condition += f" of {which} clips"
@@ -419,7 +396,7 @@ class Asked:
         if not self.dit.by_tokens:
             return self.told[part]                                              # (k,)
         video = torch.stack([self.clips[key][0] for key in self.keys[part]])    # (k, T, 3, R, R)
-        shown = data.condition_video(video.to(self.told.device), self.dit.cfg.condition)
+        shown = data.condition_video(video.to(self.vae.device), self.dit.cfg.condition)
         return self.vae.encode(shown)[0]                                        # (k, N, d)
 
 
@@ -455,16 +432,16 @@ def noise_for(first, last, dit, seed):
     return torch.stack(noise).to(dit.token_mean.device)
 
 
-def draw(cfg, stages, told, first, last):
+def draw(cfg, dit, told, first, last):
     """Tokens of videos first..last-1, told[first:last] to DiT. Shapes: -> (k, N, d)."""
-    noise = noise_for(first, last, stages.dit, cfg.seed)
-    return sample_tokens(stages.dit, told[first:last], noise, seed=noise_seed(cfg.seed, first),
-                         quiet=cfg.n > cfg.batch, **stages.how)
+    noise = noise_for(first, last, dit, cfg.seed)
+    return sample_tokens(dit, told[first:last], noise, seed=noise_seed(cfg.seed, first),
+                         quiet=cfg.n > cfg.batch, **dit.how)
 
 
-def file_tokens(path, stages):
+def file_tokens(path, vae):
     """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, R, R)."""
-    c = stages.vae.cfg
+    c = vae.cfg
     stride = c.stride
     try:
         if stride == 0:                                 # the clip spreads over the whole video
@@ -473,23 +450,23 @@ def file_tokens(path, stages):
     except Exception as error:                          # hostile files raise anything
         raise SystemExit(f"{path} has no readable clip of {c.frames} frames at stride {stride} "
                          f"({error})") from error
-    return stages.vae.encode(clip[None].to(stages.device))[0][0], clip
+    return vae.encode(clip[None].to(vae.device))[0][0], clip
 
 
-def two_ends(cfg, stages):
-    """Tokens of --video-a, else of the first sample; of --video-b, else of the last. -> (2, N, d)."""
-    tokens = Videos.open(stages.out / "samples.npy").tokens
-    ends = torch.tensor(tokens[[0, -1]], device=stages.device)
+def two_ends(cfg, out, vae):
+    """Tokens of --video-a, else the first sample, and --video-b, else the last. -> (2, N, d)."""
+    tokens = Videos.open(out / "samples.npy").tokens
+    ends = torch.tensor(tokens[[0, -1]], device=vae.device)
     for end, path in zip(ends, (cfg.video_a, cfg.video_b)):
         if path:
-            end.copy_(file_tokens(path, stages)[0])
+            end.copy_(file_tokens(path, vae)[0])
     return ends
 
 
 def unseen_clips(cfg, vae):
     """Clips that did not train, never mirrored, and what to call them.
 
-    Held-out ones of stage 1's folder; all of it where all of it trained; all of another --data-root.
+    Held-out ones of stage 1's folder; all of it where all trained; all of another --data-root.
     A folder that only moved is told by its files: stage 1's index knows their names and sizes.
     """
     about = replace(vae.cfg, flip=False, out=cfg.out)
@@ -523,32 +500,40 @@ def clip_settings(vae, long=1):
 def load(cfg, needs):
     """The checkpoints that the modes need, checked against each other and against the flags."""
     device = nerv_vae.pick_device(cfg.device)
-    out = Path(cfg.out)
+    dit = None
     if cfg.weights:
         cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
     if needs == {"nothing"}:
-        return Stages(device, out)
-    if not needs & {"both", "samples"}:
-        return Stages(device, out, nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device))
-    dit = nerv_dit.load_dit(cfg.dit, device)
-    vae = nerv_vae.load_vae(cfg.vae or dit.cfg.vae, device)
-    if vae.sha256 != dit.vae_sha256:
-        raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path} (its sha256 "
-                         f"starts {dit.vae_sha256[:12]}, not {vae.sha256[:12]}); say with --vae "
-                         "where that one is")
-    how = dict(sampler=dit.cfg.sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
+        return None, None
+    if needs & {"both", "samples"}:
+        dit = nerv_dit.load_dit(cfg.dit, device)
+        cfg = replace(cfg, vae=cfg.vae or dit.cfg.vae)
+    vae = nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device)
+    vae.device = device
+    if dit:
+        if vae.sha256 != dit.vae_sha256:
+            raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path} (its "
+                             f"sha256 starts {dit.vae_sha256[:12]}, not {vae.sha256[:12]}); say "
+                             "with --vae where that one is")
+        dit.how = how_to_sample(cfg, dit)
+        if not cfg.export:
+            ready_to_sample(dit, cfg, device)
+    return vae, dit
+
+
+def how_to_sample(cfg, dit):
+    """Sampler, steps and guidance: the flags', else those that the DiT was configured with."""
+    how = dict(sampler=cfg.sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
                guidance=cfg.guidance or dit.cfg.guidance)
-    if cfg.sampler != "auto":
-        how["sampler"] = cfg.sampler
+    if cfg.sampler == "auto":
+        how["sampler"] = dit.cfg.sampler
     if dit.cfg.condition != "class":
         if cfg.classes or cfg.guidance not in (0, 1):
-            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has no "
-                             "classes to choose or exaggerate; leave out --classes and --guidance")
+            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has "
+                             "no classes to choose or exaggerate; leave out --classes, --guidance")
     if dit.cfg.condition != "class" or len(dit.class_names) == 1:
         how["guidance"] = 1.0                           # nothing to exaggerate
-    if not cfg.export:
-        ready_to_sample(dit, cfg, device)
-    return Stages(device, out, vae, dit, how)
+    return how
 
 
 def ready_to_sample(dit, cfg, device):
@@ -561,7 +546,7 @@ def ready_to_sample(dit, cfg, device):
     for parameter in dit.parameters():
         parameter.data = parameter.data.bfloat16()
     if cfg.compile:
-        try:                                            # a C compiler or Python's headers may be missing
+        try:                                            # a compiler or headers may be missing
             torch.compile(torch.square)(torch.ones(1, device=device))
             dit.denoise = torch.compile(dit.denoise, mode="reduce-overhead")
         except Exception as error:                      # one for each part of the compiler
@@ -580,7 +565,7 @@ def write_half(path, model, **about):
         raise SystemExit(f"could not write {path}")
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 def show_samples(cfg, out, clips):
     """The first clips as mp4, and samples.gif and .png, of --long with the trained frames alone."""
@@ -688,7 +673,7 @@ def few_colours(sheets):
     return np.stack([sheet.convert("RGB") for sheet in few])
 
 
-# ------------------------------------------------------------------------------------------ .nerv files
+# -------------------------------------------------------------------------------------- .nerv files
 
 MAGIC = b"NeRV\x02"                 # the last byte: version 2
 LARGEST = 1 << 22                   # bytes; no token set of ours is near
@@ -697,7 +682,7 @@ LARGEST = 1 << 22                   # bytes; no token set of ours is near
 def quantise(numbers, bits):
     """Each becomes the nearest of 2^bits that lie evenly between the smallest and the largest.
 
-    Shapes:  (n,) float -> levels (n,) uint8, low, scale; levels * scale + low is scale / 2 off at most
+    Shapes:  (n,) float -> levels (n,) uint8, low, scale; levels * scale + low is off by scale / 2
     Source:  paper (NeRV-Enc A.4, Eq. 2)
              choice (not said): one range for all tokens of a video; arithmetic in float64
     """
@@ -728,7 +713,7 @@ def pack_tokens(numbers, bits, **about):
 
 
 def unpack_tokens(blob):
-    """Header and numbers (n,) float32 of a .nerv file. Raises: ValueError and its like for any other."""
+    """Header and numbers (n,) float32 of a .nerv file. Raises: ValueError and its like."""
     checksum = int.from_bytes(blob[-4:], "little")
     if blob[:5] != MAGIC or zlib.crc32(blob[:-4]) != checksum:
         raise ValueError("it is none, or truncated or altered: its checksum is another")
@@ -762,18 +747,18 @@ def read_nerv(path):
                          "--compress") from error
 
 
-def play_numbers(numbers, stages):
+def play_numbers(numbers, vae):
     """The video of a .nerv file's numbers; NeRV-Enc's tokens leave some places unused.
 
     Shapes:  (n,) -> (T, 3, R, R)
     """
-    used = stages.vae.decoder.used                                              # (N, d)
+    used = vae.decoder.used                                              # (N, d)
     tokens = torch.zeros(used.shape, device=used.device)
     tokens[used] = numbers.to(used.device)
-    return stages.vae.play(tokens[None])[0]
+    return vae.play(tokens[None])[0]
 
 
-# ------------------------------------------------------------------------------------------ how fast
+# ----------------------------------------------------------------------------------------- how fast
 
 def seconds(call):
     """Median time of a call, over 3 seconds of them, one at least."""
@@ -783,7 +768,7 @@ def seconds(call):
 
 
 class Table:
-    """The rows of --bench. Share: of the time that a large matrix product would take for as much."""
+    """The rows of --bench. Share: of the time that a large matrix product takes for as much."""
 
     def __init__(self, device, title):
         self.device = device
@@ -794,10 +779,13 @@ class Table:
         size = 8192 if self.gpu else 2048
         x = torch.randn(size, size, device=device)
         with self.amp:
-            self.product = 2 * size ** 3 / seconds(lambda: x @ x)               # operations a second
+            self.product = 2 * size ** 3 / seconds(lambda: x @ x)           # operations a second
         copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
-        name = torch.cuda.get_device_name() if self.gpu else f"{torch.get_num_threads()} CPU threads"
-        self.rows = [f"{title}; {name}: {self.product / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"]
+        name = f"{torch.get_num_threads()} CPU threads"
+        if self.gpu:
+            name = torch.cuda.get_device_name()
+        self.rows = [f"{title}; {name}: {self.product / 1e12:.3g} TFLOP/s, "
+                     f"copy {copy / 1e9:.3g} GB/s"]
         print(self.rows[0])
         print(f"{'':<38} params M     TFLOP   latency s  peak GB  share")
 
@@ -824,7 +812,7 @@ class Table:
         self.row(name, model, step, 3 * flop)
 
     def row(self, name, model, call, flop, times=1):
-        """Time a call that is 1 / times of the thing. Memory: what comes on top of an idle process."""
+        """Time a call that is 1 / times of the thing. Memory: what comes on top of idle."""
         peak_memory(self.device, reset=True)
         with self.amp:
             if self.gpu:
