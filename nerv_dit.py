@@ -43,7 +43,7 @@ class Config:
     # data
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
     dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; default: --vae's
-    data_root: str = ""             # folder of videos, if they have moved since the tokenizer was trained
+    data_root: str = ""             # folder of videos, if they have moved since stage 1
     clips_per_video: int = 1        # 1..: random clips of each video in the token cache, some mirrored (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is made from (paper Sec. 4.3, E.7)
     # transformer
@@ -62,8 +62,8 @@ class Config:
     steps: int = 1850               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
-    grad_accum: int = 1             # 1..: passes that share an optimizer step, to fit a batch into memory
-    ema: float = 0.999              # 0..1: decay of the averaged weights that sampling uses (choice)
+    grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
+    ema: float = 0.999              # 0..1: decay of the averaged weights (choice)
     # sampling
     sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (choice: paper presets ddpm, as DiT)
     sample_steps: int = 50          # 2..1000: steps from noise to tokens (paper Table A3: 250)
@@ -71,7 +71,7 @@ class Config:
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA
-    workers: int = 0                # 0..: loader processes of each rank while the token cache is filled
+    workers: int = 0                # 0..: loader processes of each rank for the token cache
     log_every: int = 50             # 1..: steps between lines of log.jsonl
     eval_every: int = 925           # 1..: steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
@@ -80,16 +80,16 @@ class Config:
 
 
 PAPER = dict(
-    clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
-    sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True, workers=8, log_every=100,
-    eval_every=10_000)
+    clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4,
+    warmup=10_000, ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True,
+    workers=8, log_every=100, eval_every=10_000)
 LAPTOP = dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700)
 WORKSTATION = dict(
-    clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True, compile=True,
-    workers=8, eval_every=3700)
+    clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True,
+    compile=True, workers=8, eval_every=3700)
 K600 = {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}
-PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER, "folder": PAPER,
-           "nerv_enc": PAPER, "k600": K600}
+PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER,
+           "folder": PAPER, "nerv_enc": PAPER, "k600": K600}
 MADE_BY = "python nerv_dit.py"      # stands in the checkpoint
 
 
@@ -298,7 +298,8 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         raise ValueError("guidance needs a class condition; use --guidance 1")
     alpha, sigma = noise_schedule()                     # on the CPU: numbers, to a GPU
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
-    alpha = torch.cat([alpha[times], alpha.new_ones(1)])  # (steps+1,): the last step ends at the data
+    # The last step ends at the data, where alpha is 1 and sigma 0.
+    alpha = torch.cat([alpha[times], alpha.new_ones(1)])                # (steps+1,)
     sigma = torch.cat([sigma[times], sigma.new_zeros(1)])
     if sampler == "ddpm":
         fresh = noise_of_steps(noise, steps, seed)                      # (steps, B, N, d)
@@ -306,7 +307,8 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     copies = 1
     if guidance != 1:
         copies = 2
-        cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): asked for, then none
+        none = torch.full_like(cond, model.classes)
+        cond = torch.cat([cond, none])                                  # (2B,)
     steering = steer_ahead(model, times.to(z.device), model.labels(cond))  # in turn, for each step
     for i in progress(range(steps), quiet, desc="sampling", unit="step", leave=False):
         with autocast(z):
@@ -340,7 +342,8 @@ def generate(model, vae, cond, noise, **how):
 def measure_tokens(model, cache):
     """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
     if len(cache) < 2:
-        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better thousands")
+        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better "
+                         "thousands")
     rows = np.random.default_rng(0).permutation(len(cache))[:4096]
     some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
     model.token_mean.copy_(some[:, 0].mean(0))
@@ -362,18 +365,21 @@ def train(cfg):
         ema = DiT(cfg, *cache.shape[2:], len(classes)).to(run.device).eval().requires_grad_(False)
         measure_tokens(model, cache)
         ema.load_state_dict(model.state_dict())
-        opts = [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-        run.keep(opts, model=model, ema=ema)
-        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]), clips=len(cache))
+        opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        run.keep([opt], model=model, ema=ema)
+        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]),
+                   clips=len(cache))
         forward = run.wrap(model)
         schedule = noise_schedule(run.device)
-        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {cache.shape[2]} tokens")
+        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, "
+                  f"{cache.shape[2]} tokens")
 
         while run.step < cfg.steps:
             step = run.step
             run.seed_step()
             # 1. Cached token sets, random times, and whether this step has a second pass (scheduled sampling).
-            rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]  # (B,), sorted: they are read in the disk's order
+            rows = torch.randint(len(cache), (cfg.batch,))              # (B,)
+            rows = rows.sort()[0]                                       # read in the disk's order
             ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
             own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
             t = torch.randint(own_step, 1000, (cfg.batch,))             # (B,)
@@ -399,7 +405,7 @@ def train(cfg):
                 (loss / cfg.grad_accum).backward()
                 run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
             # 4. One optimizer step, then the averaged weights follow.
-            run.add(run.update(model, opts, learning_rate(step, cfg)))
+            run.add(run.update(model, [opt], learning_rate(step, cfg)))
             update_ema(ema, model, cfg.ema, step)
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.batch_names = [f"cache row {row}" for row in rows.tolist()]

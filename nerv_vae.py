@@ -58,19 +58,19 @@ class Config:
     frames: int = 8                 # 1..: T, frames of a clip (paper: 16)
     stride: int = 1                 # 0..: step in the file between frames of a clip; 0 spreads them over the file
     resolution: int = 32            # 8..: H = W in pixels (paper: 128 and 256)
-    flip: bool = False              # mirror half of the clips (choice: on for real footage, as LARP)
-    in_memory: bool = False         # decode every video once, shrink it and keep it on the training device
+    flip: bool = False              # mirror half of the clips (choice: real footage, as LARP)
+    in_memory: bool = False         # decode every video once and keep it, small, on the device
     degrade: str = "none"           # none|downsample|blur|inpaint: damage to what the encoder sees (NeRV-Enc Table 8)
-    workers: int = 0                # 0..: loader processes of each rank; 0 reads in the training process
+    workers: int = 0                # 0..: loader processes of each rank; 0: none
     # weight tokens and decoder
     model: str = "16"               # decoder width D: S, B, L (128, 256, 512; A.2) or a number; nerv_dec: NeRV-Enc's
-    tokens: int = 32                # 1..: N, weight tokens a video (paper: 128, and 160 at 256 x 256)
+    tokens: int = 32                # 1..: N, weight tokens (paper: 128, and 160 at 256 x 256)
     token_dim: int = 32             # 1..: d, channels of a weight token (paper: 128)
-    gen_channels: int = 8           # 1..: inputs and outputs that tokens write of a D -> D kernel (paper: 64)
-    pe_size: int = 8                # 1..: height and width of the positional input (paper Table 2c: 8 is best)
-    parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter a kernel (paper Table 2a)
-    reuse: str = "heads"            # heads|direct|none: how layers share the tokens (paper Table 2b)
-    upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: what doubles the size (paper Table 2d)
+    gen_channels: int = 8           # 1..: side of the block that tokens write (paper: 64)
+    pe_size: int = 8                # 1..: side of the positional input (Table 2c: 8 is best)
+    parameterization: str = "channel"   # channel|fmm|repeat: how tokens enter kernels (Table 2a)
+    reuse: str = "heads"            # heads|direct|none: how layers share tokens (Table 2b)
+    upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: x2 (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
     kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
     layer_tokens: str = ""          # tokens x channels of each layer: 4x256,0x0; empty: all read all (NeRV-Enc A.5)
@@ -85,29 +85,29 @@ class Config:
     patch_frames: int = 2           # 1..: patch depth in frames (paper: 1)
     logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
-    kl_weight: float = 1e-6         # 0..: times the KL in nats summed over tokens and channels (paper A.1: 1e-5)
-    edge_weight: float = 0.0        # 0..: times the error of steps from pixel to pixel (departs: not in Eq. 1)
+    kl_weight: float = 1e-6         # 0..: times the KL, summed, in nats (paper A.1: 1e-5)
+    edge_weight: float = 0.0        # 0..: times the error of edges (departs: not in Eq. 1)
     lpips_weight: float = 0.0       # 0..: perceptual loss (paper: 1); 0 downloads nothing
-    lpips_start: int = 0            # 0..: first step of the perceptual loss: without it, steps cost less (paper: 0)
+    lpips_start: int = 0            # 0..: first step of the perceptual loss (paper: 0)
     lpips_net: str = "vgg"          # vgg|alex|squeeze: network of the perceptual loss (choice: vgg as LARP)
     gan_weight: float = 0.0         # 0..: adversarial loss (paper A.1: 1)
     gan_channels: int = 64          # 1..: width of the discriminator's first layer (paper A.1: 64)
-    gan_start: int = 0              # 0..: first step of the discriminator (choice: 100,000 of the paper's 2M)
+    gan_start: int = 0              # 0..: its first step (choice: 100,000 of the paper's 2M)
     gan_every: int = 5              # 1..: the discriminator learns every so many steps (paper A.1)
-    gan_lr_ratio: float = 0.2       # 0..: its learning rate over the autoencoder's (paper A.1: one fifth)
+    gan_lr_ratio: float = 0.2       # 0..: its learning rate, relative (paper A.1: one fifth)
     # optimisation
     batch: int = 8                  # 1..: B, clips per step (paper E.17: 32)
     steps: int = 4000               # 1..: optimizer steps (paper A.1: 2M)
     lr: float = 2e-3                # 0..: peak learning rate (paper A.1: 1e-4)
-    muon: bool = True               # Muon for all matrices and kernels (departs: AdamW for all, paper A.1)
+    muon: bool = True               # Muon for all matrices and kernels (departs: A.1's AdamW)
     warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
     ema: float = 0.999              # 0..1: decay of the averaged weights that everything after training uses (choice)
-    frames_per_step: int = 2        # 0..: frames decoded of a clip in a step; 0: all, as always with GAN
-    grad_accum: int = 1             # 1..: passes that share an optimizer step, to fit a batch into memory
+    frames_per_step: int = 2        # 0..: frames decoded in a step; 0: all, as with GAN
+    grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA: a slow first step, then faster ones
-    checkpointing: bool = False     # recompute activations in the backward pass: less memory (256 x 256)
+    checkpointing: bool = False     # recompute activations in the backward pass: less memory
     overfit: bool = False           # train on one clip only, and show how close it gets
     log_every: int = 50             # 1..: steps between lines of log.jsonl
     eval_every: int = 1000          # 1..: steps between held-out PSNR, pictures and checkpoints
@@ -117,31 +117,36 @@ class Config:
 
 
 PAPER = dict(
-    frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128, gen_channels=64,
-    kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1, kl_weight=1e-5, lpips_weight=1.0,
-    gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000, lr=1e-4, warmup=10_000, ema=0.9999,
-    muon=False, frames_per_step=0, bf16=True, compile=True, log_every=100, eval_every=10_000)
+    frames=16, resolution=128, flip=True, workers=8, model="S", tokens=128, token_dim=128,
+    gen_channels=64, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
+    kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
+    lr=1e-4, muon=False, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True,
+    log_every=100, eval_every=10_000)
 # 80 inputs and outputs: each of 160 tokens then writes a whole share of every block but the stem's and toRGB's
 # (choice: a reading of E.3's "simple alignment").
 PAPER_256 = {**PAPER, "resolution": 256, "tokens": 160, "gen_channels": 80, "checkpointing": True}
-NERV_ENC = {                        # no VAE: the posterior is so narrow that tokens are their means
-    **PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec", "pe_size": 1,
-    "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0", "parameterization": "repeat",
-    "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720, "patch": 64,  # 46.8M (A.2: 47.6M): choice
-    "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,
-    "steps": 46_875, "warmup": 1000, "eval_every": 2500}  # Table 7: 150 epochs of 10k; warmup: choice
-LAPTOP = dict(                      # a folder of real videos at 32 x 32 x 8, on a CPU
-    stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7, edge_weight=1.0,
-    lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000)
-WORKSTATION = {                     # a folder of real videos at 64 x 64 x 16, minutes on a large GPU
-    **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64, "token_dim": 64,
-    "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384, "gan_weight": 0.1, "gan_start": 2125,
-    "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000, "batch": 32, "steps": 2500, "warmup": 200,
-    "frames_per_step": 4, "bf16": True}
-PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": PAPER_256, "k600": PAPER, "folder": PAPER, "laptop": LAPTOP,
-           "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
+# No VAE: the posterior is so narrow that tokens are their means. Table 7: 150 epochs of 10k videos. Choice: 6 blocks
+# and 12 heads, 46.8M where A.2 has 47.6M; the MLP is 4 times as wide, 2880 (A.5: 2800); warmup.
+NERV_ENC = {
+    **PAPER, "frames": 8, "stride": 0, "resolution": 256, "flip": False, "model": "nerv_dec",
+    "pe_size": 1, "tokens": 196, "token_dim": 288, "layer_tokens": "4x256,128x144,64x288,0x0",
+    "parameterization": "repeat", "side": "none", "enc_depth": 6, "enc_heads": 12, "enc_dim": 720,
+    "patch": 64, "logvar_start": -30.0, "kl_weight": 0.0, "lpips_weight": 0.0, "gan_weight": 0.0,
+    "steps": 46_875, "warmup": 1000, "eval_every": 2500}
+# A folder of real videos at 32 x 32 x 8, on a CPU.
+LAPTOP = dict(
+    stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
+    edge_weight=1.0, lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000)
+# The same at 64 x 64 x 16, minutes on a large GPU; Muon's many small kernels take 24 ms of a step there.
+WORKSTATION = {
+    **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64,
+    "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384,
+    "gan_weight": 0.1, "gan_start": 2125, "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000,
+    "batch": 32, "steps": 2500, "warmup": 200, "frames_per_step": 4, "bf16": True}
+PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": PAPER_256, "k600": PAPER, "folder": PAPER,
+           "laptop": LAPTOP, "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
 MADE_BY = "python nerv_vae.py"      # stands in the checkpoint
-FRAMES_AT_ONCE = 4                  # with --checkpointing the decoder renders so many, then the next
+FRAMES_AT_ONCE = 4                  # with --checkpointing the decoder renders so many at a time
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -152,7 +157,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
-            raise SystemExit(f"{heads} attention heads do not divide a width of {dim}; change one of the two")
+            raise SystemExit(f"{heads} attention heads do not divide a width of {dim}; change one of "
+                             "the two")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -227,7 +233,8 @@ class NeRVEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, cfg.enc_heads) for _ in range(cfg.enc_depth))
         self.norm = BatchNorm(dim)
         self.bottleneck = nn.Linear(dim, 2 * cfg.token_dim)
-        nn.init.zeros_(self.bottleneck.weight[cfg.token_dim:])  # every posterior starts equally narrow
+        # Every posterior starts equally narrow.
+        nn.init.zeros_(self.bottleneck.weight[cfg.token_dim:])
         nn.init.constant_(self.bottleneck.bias[cfg.token_dim:], cfg.logvar_start)
 
     def forward(self, video):
@@ -295,7 +302,9 @@ class NeRVVAE(nn.Module):
         """
         if not self.cfg.checkpointing or not torch.is_grad_enabled():
             return self.decoder(tokens, frame)
-        parts = [checkpoint(self.decoder, tokens, part, use_reentrant=False) for part in frame.split(FRAMES_AT_ONCE)]
+        parts = []
+        for part in frame.split(FRAMES_AT_ONCE):
+            parts.append(checkpoint(self.decoder, tokens, part, use_reentrant=False))
         return torch.cat(parts, 1)
 
     def play(self, tokens, frame=None):
@@ -329,8 +338,11 @@ class Discriminator(nn.Module):
         self.stem = conv3d(3, widths[0])
         self.blocks = nn.ModuleList()
         for c, wider in zip(widths, widths[1:]):
-            block = dict(a=conv3d(c, c), b=conv3d(c, wider), side=nn.Conv3d(c, wider, 1, bias=False))
-            self.blocks.append(nn.ModuleDict(block))
+            block = nn.ModuleDict()
+            block["a"] = conv3d(c, c)
+            block["b"] = conv3d(c, wider)
+            block["side"] = nn.Conv3d(c, wider, 1, bias=False)
+            self.blocks.append(block)
             size = [math.ceil(n / 2) for n in size]
         self.last = conv3d(widths[-1], widths[-1])
         self.fc = nn.Linear(widths[-1] * math.prod(size), widths[-1])
@@ -520,7 +532,8 @@ def train(cfg):
         run.keep(opts, model=model, ema=ema)
         if cfg.gan_weight:
             critic = Discriminator(cfg).to(run.device)
-            opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+            opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0,
+                                      fused=True)
             run.keep([opt_d], critic=critic)
         run.resume(classes=clips.classes, videos=len(clips))
         forward = run.wrap(model)
