@@ -668,7 +668,7 @@ def token_colours(tokens):
 def few_colours(sheets):
     """All pictures on one palette: a gif then keeps only what moves, a third of the size."""
     some = Image.fromarray(np.concatenate(sheets[::8]))
-    palette = some.quantize(160, Image.Quantize.FASTOCTREE)
+    palette = some.quantize(255, Image.Quantize.FASTOCTREE)
     few = [Image.fromarray(sheet).quantize(palette=palette, dither=0) for sheet in sheets]
     return np.stack([sheet.convert("RGB") for sheet in few])
 
