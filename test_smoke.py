@@ -1208,7 +1208,7 @@ def test_threads_stop_when_the_caller_does():
     stop = data.threading.Event()
     stop.set()
     with pytest.raises(KeyboardInterrupt):
-        next(data.decode(HERE / "assets/overview.gif", [], stop=stop))
+        next(data.decode(HERE / "assets/film.gif", [], stop=stop))
 
 
 def test_missing_data_names_the_tree(tmp_path):
