@@ -390,6 +390,7 @@ class Videos:
             with one_line(path):
                 self.path.unlink(missing_ok=True)       # others may still read what stood there
                 self.tokens_path.unlink(missing_ok=True)
+            write_checked(self.about_path, self.about)  # first: a disk that is full later leaves no stranger
         return self
 
     @property
@@ -409,6 +410,8 @@ class Videos:
 
     def close(self):
         """Finish: the checksums by which `open` knows that all is there."""
+        if self.about["sha256"]:                        # finished before: those checksums stay
+            return
         for path in (self.path, self.tokens_path):
             if path.exists():
                 self.about["sha256"][path.name] = file_hash(path)
@@ -987,6 +990,8 @@ def save_video(path, video, fps=8):
         delays = np.diff(np.round(100 * ends.clip(max=len(frames)) / fps), prepend=0).clip(2)
         frames = frames[::step]
         options = dict(duration=(10 * delays).tolist(), loop=0)
+        if len(frames) == 1:                            # Pillow takes a list for several frames only
+            del options["duration"]
     else:
         options = dict(plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
     blob = iio.imwrite("<bytes>", frames, extension=path.suffix, **options)

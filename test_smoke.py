@@ -1397,7 +1397,28 @@ def test_a_full_disk_costs_no_clip(tmp_path, full_disk):
     again = data.Videos.create(path, {}, ["a"])
     assert again.done == 3
     again.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    data.Videos.create(path, {}, ["a"]).close()         # a finished file keeps its checksums
+    assert "has changed" in one_line(data.Videos.open, path)
+    path.write_bytes(whole)
     torch.testing.assert_close(data.Videos.open(path)[2, 0][0], clips[2], rtol=0, atol=0.5001 / 127.5)
+
+
+def test_a_disk_that_was_full_from_the_start(tmp_path, full_disk):
+    """Catches a set of clips that is called a stranger's after its very first write failed."""
+    path = tmp_path / "samples.npy"
+    store = data.Videos.create(path, {}, ["a"])
+    full_disk(1000)
+    assert "cannot write" in one_line(store.add, torch.zeros(9, 4, 3, 8, 8), [0] * 9)
+    full_disk()
+    assert data.Videos.create(path, {}, ["a"]).done == 0
+
+
+def test_a_gif_of_one_frame(tmp_path):
+    """Catches a list of delays where there is one frame."""
+    data.save_video(tmp_path / "one.gif", torch.zeros(1, 3, 8, 8))
+    assert (tmp_path / "one.gif").stat().st_size > 0
 
 
 def test_two_runs_into_one_folder(tmp_path):
@@ -2706,7 +2727,7 @@ def pixels_of(folder, name="samples"):
     return np.load(folder / f"{name}.npy").astype(int)
 
 
-def walk_by_hand(dit, label, noise, sampler, fresh, guidance=3.0, steps=3):
+def walk_by_hand(dit, label, noise, sampler, fresh, guidance=2.0, steps=3):
     """Noise to tokens with nothing of ours but the network: DDPM's posterior as Ho et al. print it, DDIM, eta 0."""
     kept = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000).double(), 0)
     times = [999, 500, 0]
@@ -2744,7 +2765,7 @@ def test_from_noise_to_pixels_by_hand(run, lively, tmp_path, sampler):
     want = (torch.stack(want).movedim(2, -1) + 1) * 127.5
     words = ["--dit", lively, "--n", 3, "--seed", 7, "--classes", "5, ring sliding", "--sampler", sampler, "--mp4", 0]
     for batch in (1, 3):
-        out = run_sample(tmp_path / str(batch), *words, "--batch", batch, "--guidance", 3)
+        out = run_sample(tmp_path / str(batch), *words, "--batch", batch, "--guidance", 2)
         assert abs(pixels_of(out) - want.numpy()).max() < 1.5
     clips = data.Videos.open(out / "samples.npy")
     assert [clips.classes[label] for label in clips.labels] == ["bar pulsing", "ring sliding", "bar pulsing"]
@@ -3014,7 +3035,9 @@ def test_exported_weights_sample_alike(run, lively, tmp_path):
     run_sample(tmp_path, "--dit", lively, "--export", tmp_path / "new/toy")
     half = pixels_of(run_sample(tmp_path / "b", "--weights", tmp_path / "new/toy", *words))
     assert abs(whole - half).mean() < 2
-    assert 2.5 * (tmp_path / "new/toy-vae.pt").stat().st_size < run.vae.stat().st_size
+    handed = torch.load(tmp_path / "new/toy-vae.pt", weights_only=True)
+    assert {value.dtype for value in handed["ema"].values()} <= {torch.float16, torch.int64}
+    assert "opts" not in handed
 
 
 # ---------------------------------------------------------------------------------------------- .nerv files
@@ -3170,7 +3193,9 @@ def test_bench_runs(tmp_path, monkeypatch, capsys):
     plan = generative_nerv.layer_plan(nerv_vae.Config(**{**TINY, "model": "S"}))
     want = 4 * sum(map(generative_nerv.flops, plan))
     assert 1 <= named["decode"]["tflop"] * 1e12 / want < 1.05                   # and the heads
-    assert named["50 ddim steps, guidance 2"]["tflop"] == pytest.approx(100 * named["one pass of DiT"]["tflop"])
+    pass_of_dit = named["one pass of DiT"]["tflop"]
+    assert named["training step, stage 2"]["tflop"] == pytest.approx(3 * pass_of_dit)
+    assert named["50 ddim steps, guidance 2"]["tflop"] == pytest.approx(100 * pass_of_dit)
     assert named["50 ddim steps, guidance 2"]["latency_s"] == 25 * 0.25 and about.startswith("S, 32 x 32")
 
 
