@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video,
                   tile, write_file)
 from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, carry_on, ignore_stops,
-                      learning_rate, load_checkpoint, load_vae, mlp, sinusoids, size_of, update_ema)
+                      learning_rate, load_checkpoint, load_vae, mlp, sinusoids, size_of, told,
+                      update_ema)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,9 @@ def noise_schedule(device="cpu"):
     Source: paper Sec. 3.3 (the form). Choice: DDPM's linear betas 1e-4 .. 2e-2, as DiT
     """
     kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # alpha_t^2
-    return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
+    alpha = kept.sqrt().float()
+    sigma = (1 - kept).sqrt().float()
+    return alpha.to(device), sigma.to(device)
 
 
 def min_snr_weight(snr, gamma):
@@ -318,7 +321,9 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
             eps = eps_none + guidance * (eps - eps_none)
         guess = (z - sigma[i] * eps) / alpha[i]         # the tokens that eps implies
         if sampler == "ddpm":
-            z = ancestral_step(z, eps, (alpha[i], sigma[i]), (alpha[i + 1], sigma[i + 1]), fresh[i])
+            now = (alpha[i], sigma[i])
+            then = (alpha[i + 1], sigma[i + 1])
+            z = ancestral_step(z, eps, now, then, fresh[i])
         else:
             z = alpha[i + 1] * guess + sigma[i + 1] * eps
         yield z * model.token_std + model.token_mean, guess * model.token_std + model.token_mean
@@ -347,7 +352,8 @@ def measure_tokens(model, cache):
     rows = np.random.default_rng(0).permutation(len(cache))[:4096]
     some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
     model.token_mean.copy_(some[:, 0].mean(0))
-    model.token_std.copy_((some[:, 0].var(0) + some[:, 1].exp().mean(0)).sqrt())
+    variance = some[:, 0].var(0) + some[:, 1].exp().mean(0)             # (N, d)
+    model.token_std.copy_(variance.sqrt())
 
 
 def train(cfg):
@@ -361,18 +367,18 @@ def train(cfg):
             labels = torch.full_like(labels, len(classes))
 
         torch.manual_seed(cfg.seed)
-        model = DiT(cfg, *cache.shape[2:], len(classes)).to(run.device)
-        ema = DiT(cfg, *cache.shape[2:], len(classes)).to(run.device).eval().requires_grad_(False)
+        N, d = cache.shape[2:]
+        model = DiT(cfg, N, d, len(classes)).to(run.device)
+        ema = DiT(cfg, N, d, len(classes)).to(run.device)
+        ema.eval().requires_grad_(False)
         measure_tokens(model, cache)
         ema.load_state_dict(model.state_dict())
         opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         run.keep([opt], model=model, ema=ema)
-        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=list(cache.shape[2:]),
-                   clips=len(cache))
+        run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
         forward = run.wrap(model)
         schedule = noise_schedule(run.device)
-        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, "
-                  f"{cache.shape[2]} tokens")
+        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {N} tokens")
 
         while run.step < cfg.steps:
             step = run.step
@@ -384,12 +390,13 @@ def train(cfg):
             own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
             t = torch.randint(own_step, 1000, (cfg.batch,))             # (B,)
             hidden = torch.rand(cfg.batch) < cfg.class_dropout          # (B,)
-            noise = torch.randn(3, cfg.batch, *cache.shape[2:], device=run.device)  # (3, B, N, d)
+            noise = torch.randn(3, cfg.batch, N, d, device=run.device)
             posterior_noise = noise[2]                  # the others are for the two passes
             model.zero_grad(set_to_none=True)
             for part in run.passes:
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
-                entry = run.send(torch.from_numpy(cache[rows[part].numpy()])).float()
+                entry = torch.from_numpy(cache[rows[part].numpy()])     # (b, 2 or 3, N, d)
+                entry = send(entry, run.device).float()
                 mean, logvar, *condition = entry.unbind(1)              # (b, N, d) each
                 tokens = mean + (logvar / 2).exp() * posterior_noise[part]
                 tokens = model.normalise(tokens)                        # (b, N, d)
@@ -397,10 +404,11 @@ def train(cfg):
                     cond = condition[0]                                 # (b, N, d)
                 else:
                     label = labels[rows[part]].masked_fill(hidden[part], len(classes))
-                    cond = run.send(label)                              # (b,)
+                    cond = send(label, run.device)                      # (b,)
+                time = send(t[part], run.device)                        # (b,)
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
-                    loss = diffusion_loss(forward, tokens, noise[:2, part], run.send(t[part]), cond, schedule,
+                    loss = diffusion_loss(forward, tokens, noise[:2, part], time, cond, schedule,
                                           cfg.min_snr_gamma, own_step)
                 (loss / cfg.grad_accum).backward()
                 run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
@@ -466,6 +474,13 @@ class LatteBlock(DiTBlock):
         return y.flatten(1, 2)                                          # (B, L, dim)
 
 
+def send(x, device):
+    """To the device, from pinned memory, so that nothing waits for the GPU."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def autocast(x):
     """bfloat16 on a GPU, whatever --bf16 says of training; the state of the sampler stays float32."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
@@ -501,14 +516,17 @@ def draw_samples(model, vae, cache, labels, classes, run):
     cond = labels[rows]                                                 # (16,)
     if model.by_tokens:
         cond = torch.from_numpy(cache[rows.numpy(), 2]).float()         # (16, N, d)
-    noise = torch.randn(16, *cache.shape[2:], generator=torch.Generator().manual_seed(0))
-    guidance = cfg.guidance if cfg.condition == "class" else 1.0
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(16, *cache.shape[2:], generator=generator)
+    guidance = 1.0
+    if cfg.condition == "class":
+        guidance = cfg.guidance
     videos = generate(model, vae, cond.to(run.device), noise.to(run.device), sampler=cfg.sampler,
                       steps=cfg.sample_steps, guidance=guidance)
     names = [*classes, "generated"]                     # the last: of no class
-    picture = tile(videos, 4, [names[label] for label in labels[rows].tolist()])
+    names = [names[label] for label in labels[rows].tolist()]
     with carry_on(run.picture):
-        save_video(run.picture, picture)
+        save_video(run.picture, tile(videos, 4, names))
 
 
 def load_dit(path, device):
@@ -517,8 +535,9 @@ def load_dit(path, device):
     It has .cfg, .class_names, .step, .path, .sha256 and .vae_sha256, the tokenizer's.
     """
     ckpt = load_checkpoint(path, device, MADE_BY)
-    model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"]))
-    model.load_state_dict(ckpt["ema"])
+    with told(f"{path} does not fit this revision; use the one that made it"):
+        model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"]))
+        model.load_state_dict(ckpt["ema"])
     model.to(device).eval().requires_grad_(False)
     model.class_names = ckpt["classes"]
     model.step = ckpt["step"]
@@ -574,7 +593,11 @@ def cache_key(cfg, vae, clips):
     for file in clips.files or []:
         state = file.stat()
         what.append([os.path.relpath(file, root), state.st_size, state.st_mtime_ns])
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    return digits(json.dumps(what))[:12]
+
+
+def digits(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_cache(path, shape):
@@ -593,8 +616,8 @@ def read_cache(path, shape):
 @torch.no_grad()
 def fill_cache(cfg, vae, run, clips, keys, path, shape):
     """Every rank encodes its rows into one file, by ordinary writes: a full disk is a line, no crash."""
-    whose = hashlib.sha256(str(run.out.resolve()).encode()).hexdigest()[:8]
-    part = path.with_suffix(f".{whose}.part")           # of this run: what a kill leaves is used again
+    whose = digits(str(run.out.resolve()))[:8]
+    part = path.with_suffix(f".{whose}.part")       # of this run: what a kill leaves is used again
     first = run.rank * len(keys) // run.world
     mine = keys[first:(run.rank + 1) * len(keys) // run.world]
     pixels = vae.cfg.frames * vae.cfg.resolution ** 2
@@ -614,13 +637,15 @@ def fill_cache(cfg, vae, run, clips, keys, path, shape):
                 rows = list(vae.encode(video))          # mean, logvar: (b, N, d) each
                 if shape[1] == 3:
                     rows.append(vae.encode(condition_video(video, cfg.condition))[0])
-                file.write(torch.stack(rows, 1).cpu().half().numpy().tobytes())
+                rows = torch.stack(rows, 1).half()      # (b, 2 or 3, N, d)
+                file.write(rows.cpu().numpy().tobytes())
                 labels += label.tolist()                # of the clips read: a broken file has another's
             file.flush()
             os.fsync(file.fileno())
         labels = run.agree(labels + [0] * (len(keys) - len(labels)))
         if run.rank == 0:
-            notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
+            videos = [i for i, _ in keys]
+            notes = dict(labels=labels, videos=videos, classes=clips.classes)
             write_file(path.with_suffix(".json"), json.dumps(notes).encode())
             part.replace(path)
         run.agree(0)

@@ -72,7 +72,7 @@ class Config:
     reuse: str = "heads"            # heads|direct|none: how layers share tokens (Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: x2 (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
-    kernel_init: float = 0.1        # std of kernels at the start; smaller ones turn faster under Adam (choice)
+    kernel_init: float = 0.1        # 0..: std of kernels at the start; small ones turn faster (choice)
     layer_tokens: str = ""          # tokens x channels of each layer: 4x256,0x0; empty: all read all (NeRV-Enc A.5)
     expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc B c)
     normalize: bool = True          # with repeat, divide every kernel by its norm (NeRV-Enc B a)
@@ -83,7 +83,7 @@ class Config:
     enc_dim: int = 128              # 6..: width of the transformer (paper: 896)
     patch: int = 8                  # 1..: patch height and width in pixels (paper: 8)
     patch_frames: int = 2           # 1..: patch depth in frames (paper: 1)
-    logvar_start: float = -5.0      # log-variance of the posterior at the start: narrow, so tokens carry signal
+    logvar_start: float = -5.0      # -30..20: log-variance at the start: narrow, so tokens carry signal
     # losses (paper Eq. 1)
     kl_weight: float = 1e-6         # 0..: times the KL, summed, in nats (paper A.1: 1e-5)
     edge_weight: float = 0.0        # 0..: times the error of edges (departs: not in Eq. 1)
@@ -599,8 +599,10 @@ def train(cfg):
 def load_vae(path, device):
     """The trained tokenizer: averaged weights, frozen, with .cfg, .classes, .step, .path and .sha256."""
     ckpt = load_checkpoint(path, device, MADE_BY)
-    model = NeRVVAE(Config(**ckpt["config"])).to(device).eval().requires_grad_(False)
-    model.load_state_dict(ckpt["ema"])
+    with told(f"{path} does not fit this revision; use the one that made it"):
+        model = NeRVVAE(Config(**ckpt["config"]))
+        model.load_state_dict(ckpt["ema"])
+    model.to(device).eval().requires_grad_(False)
     model.classes = ckpt["classes"]
     model.step = ckpt["step"]
     model.path = Path(path)
@@ -713,20 +715,27 @@ def load_checkpoint(path, device, made_by):
     if not Path(path).is_file():
         raise SystemExit(f"no checkpoint at {path}; name one that is elsewhere (--vae, --dit), or "
                          f"make it with: {made_by}")
-    try:
+    with told(f"{path} cannot be read, is damaged or no checkpoint of ours"):
         with zipfile.ZipFile(path) as archive:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
             if not stored or archive.testzip():         # every member's checksum
                 raise ValueError("its checksums do not agree with its contents")
         ckpt = torch.load(path, map_location=device, weights_only=True)
         found = f"{ckpt['made_by']}, format {ckpt.get('format', 1)}"
-    except Exception as error:                          # a damaged archive raises nearly anything
-        raise SystemExit(f"{path} cannot be read, is damaged or no checkpoint of ours "
-                         f"({type(error).__name__})") from error
     if found != f"{made_by}, format {FORMAT}":
         raise SystemExit(f"{path} was made by {found}, and what is needed is by {made_by}, format "
                          f"{FORMAT}: name another, or make it again with --no-resume")
     return ckpt
+
+
+@contextmanager
+def told(what):
+    """Whatever goes wrong in here ends the program in one line."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise SystemExit(f"{what} ({type(error).__name__}: {first})") from error
 
 
 # ------------------------------------------------------------------------------------------ what a run needs
@@ -812,13 +821,13 @@ class Run(ExitStack):
 
     def join_ranks(self):
         backend = "gloo"
-        if self.rank == 0:
-            print(f"waiting for all {self.world} processes that WORLD_SIZE names")
+        say(f"rank {self.rank} waits for all {self.world} processes that WORLD_SIZE names")
         if self.cuda:
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        # Rank 0 may scan a folder for hours while the others wait; a dead rank is torchrun's to notice.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        # Rank 0 may scan a folder for hours while others wait; a dead rank is torchrun's to notice.
+        with told("the other processes are not there; unset RANK and WORLD_SIZE to run alone"):
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         self.callback(time.sleep, 0.5)                  # or a thread of gloo aborts Python's shutdown
         self.callback(dist.destroy_process_group)
 
@@ -936,12 +945,6 @@ class Run(ExitStack):
     def rows(self, batch):
         """What of a batch this rank works on, one pass after the other."""
         return [row for part in self.passes for row in batch[part]]
-
-    def send(self, x):
-        """To the device, from pinned memory, so that nothing waits for the GPU."""
-        if self.cuda:
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True)
 
     def seed_step(self):
         """Make all noise of this step follow from (seed, step), so that a run that goes on is one."""
