@@ -850,11 +850,26 @@ def file_hash(path):
 
 
 def written(folder):
-    """Names of the pictures and videos that `save_video` wrote into a folder."""
+    """Names of the files in a folder that `write_ours` wrote, in this order."""
     try:
-        return set((Path(folder) / ".written").read_text(encoding="utf-8").split("\n"))
+        return (Path(folder) / ".written").read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError):
-        return set()
+        return []
+
+
+def write_ours(path, blob):
+    """Write a picture, video or page, and note its name in the folder's `.written`.
+
+    So no run trains on it, and a file that is not noted there is never replaced.
+    """
+    if path.name not in written(path.parent):
+        if path.exists():
+            raise SystemExit(f"{path} is not one of ours: move it away, or choose another folder")
+        with one_line(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.parent / ".written", "a", encoding="utf-8") as file:
+                file.write(path.name + "\n")
+    write_file(path, blob)
 
 
 @contextlib.contextmanager
@@ -936,71 +951,60 @@ def tile(videos, columns, labels=()):
     Shapes:  videos (n, T, 3, H, W) in [-1, 1], labels n strings or none -> (T, 3, H', W')
     """
     videos = enlarge(videos.cpu(), 128)
-    n, T, _, H, W = videos.shape
-    letters = W // 8                                    # height of the text: to be read on a phone
-    border = 4
-    top = border
-    if labels:
-        top += letters * 3 // 2
-    rows = -(-n // columns)
-    paper = Image.new("L", (columns * (W + border) + border, rows * (H + top) + border), 255)
-    pen = ImageDraw.Draw(paper)
-    corners = [(border + i % columns * (W + border), i // columns * (H + top)) for i in range(n)]
-    for (x, y), label in zip(corners, labels):
-        label = label[:W // 5]
-        wide = pen.textlength(label, ImageFont.load_default(letters))
-        font = ImageFont.load_default(letters * W / max(W, wide))
-        pen.text((x, y + top - 2), label, fill=0, font=font, anchor="ld")
-    sheet = torch.from_numpy(np.array(paper)) / 127.5 - 1                           # (H', W')
-    sheet = sheet.repeat(T, 3, 1, 1)
-    for (x, y), video in zip(corners, videos):
-        sheet[..., y + top:y + top + H, x:x + W] = video
-    return sheet
+    W = videos.shape[-1]
+    top = W * 3 // 16 if labels else 0                  # letters of W / 8: to be read on a phone
+    missing = -len(videos) % columns                    # cells of the last row, which stay white
+    videos = F.pad(videos, (2, 2, top + 2, 2, 0, 0, 0, 0, 0, missing), value=1.0)
+    for video, label in zip(videos, labels):
+        label = label[:24]
+        font = ImageFont.load_default(min(W // 8, 2 * W // (len(label) + 3)))
+        paper = Image.new("RGB", (W, top), "white")
+        ImageDraw.Draw(paper).text((0, top), label, "black", font, "ld")
+        video[..., 2:top + 2, 2:-2] = from_uint8(np.array(paper))
+    videos = videos.unflatten(0, (-1, columns))                         # (rows, columns, T, 3, h, w)
+    return videos.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
 
 
 def save_video(path, video, fps=8):
-    """Write one video as mp4, gif or png, by the suffix; a png shows time from left to right.
+    """Write one video as mp4 or gif, or its first frame as png, by the suffix; for eyes only.
 
-    Frames below 128 pixels are enlarged to about 256. The name is noted in the folder's `.written`,
-    so that no run trains on it; a file that is not noted there is never replaced.
-
+    Small frames are enlarged to 128 pixels; mp4 loses the last row or column of odd ones.
     Shapes:  video (T, 3, H, W) in [-1, 1]
-    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
-             above 50 frames a second some are left out, and the rounded delays keep their sum
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
     path = Path(path)
-    ours = path.name in written(path.parent)
-    if path.exists() and not ours:
-        raise SystemExit(f"{path} is not one of ours: move it away, or choose another folder")
-    if path.suffix == ".png" and len(video) > 1:
-        video = tile(video[None].transpose(0, 1), len(video))                       # (1, 3, H', W')
-    if max(video.shape[-2:]) < 128:
-        video = enlarge(video, 256)
-    odd_rows = video.shape[-2] % 2                      # mp4 wants even sides
-    odd_columns = video.shape[-1] % 2
-    video = F.pad(video.float(), (0, odd_columns, 0, odd_rows), mode="replicate")
-    frames = to_uint8(video)                                                        # (T, H, W, 3)
-    options = {}
-    if path.suffix == ".png":
-        frames = frames[0]
-    elif path.suffix == ".gif":
-        step = max(math.ceil(fps / 50), 1)
-        ends = np.arange(0, len(frames), step) + step
-        delays = np.diff(np.round(100 * ends.clip(max=len(frames)) / fps), prepend=0).clip(2)
-        frames = frames[::step]
-        options = dict(duration=(10 * delays).tolist(), loop=0)
-        if len(frames) == 1:                            # Pillow takes a list for several frames only
-            del options["duration"]
+    frames = to_uint8(enlarge(video, 128))                                          # (T, H, W, 3)
+    if path.suffix == ".gif":
+        blob = to_gif(frames, fps)
+    elif path.suffix == ".png":
+        blob = iio.imwrite("<bytes>", frames[0], extension=".png")
     else:
-        options = dict(plugin="pyav", codec="libx264", fps=fps, in_pixel_format="rgb24")
-    blob = iio.imwrite("<bytes>", frames, extension=path.suffix, **options)
-    with one_line(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not ours:
-            with open(path.parent / ".written", "a", encoding="utf-8") as file:
-                file.write(path.name + "\n")
-    write_file(path, blob)
+        _, H, W, _ = frames.shape
+        frames = frames[:, :H // 2 * 2, :W // 2 * 2]
+        blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264",
+                           fps=fps, in_pixel_format="rgb24")
+    write_ours(path, blob)
+
+
+def to_gif(frames, fps):
+    """The bytes of a gif. All frames share one palette: it is made once, and only what moves is kept.
+
+    Shapes:  frames (T, H, W, 3) uint8
+    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
+             above 50 frames a second some are left out, and the rounded delays keep their sum
+    """
+    step = math.ceil(fps / 50)
+    starts = np.arange(0, len(frames) + step, step) / fps
+    delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
+    some = Image.fromarray(np.concatenate(frames[:, ::4, ::4]))
+    palette = some.quantize(255)
+    pictures = []
+    for frame in frames[::step]:
+        pictures.append(Image.fromarray(frame).quantize(palette=palette, dither=0))
+    file = io.BytesIO()
+    pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:],
+                     duration=delays.tolist(), loop=0)
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------ the page of a run
@@ -1008,33 +1012,25 @@ def save_video(path, video, fps=8):
 def write_page(folder, title, settings):
     """index.html of a run's folder: sliders, videos, pictures, curves of log.jsonl, settings.
 
-    It opens from the disk without a server, and names only files that are there and ours. Where
-    somebody else's index.html stands, the page becomes run.html.
+    It opens from the disk without a server, and names only files that are there and ours.
     """
     folder = Path(folder)
-    page = folder / "index.html"
-    if page.exists() and not page.read_text(errors="replace").startswith(PAGE[:60]):
-        page = folder / "run.html"
-    files = [folder / name for name in sorted(written(folder)) if (folder / name).is_file()]
-    files.sort(key=os.path.getmtime, reverse=True)
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in (folder / "log.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):       # a stop may cut the last line off
                 rows.append(json.loads(line, parse_constant=lambda name: None))     # nan is no JSON
-    sheet = None
-    about = folder / "interp_sheet.json"
-    if about.exists() and about.with_suffix(".png").exists():
-        sheet = json.loads(about.read_text())
     step = len(rows) // 500 + 1                         # a screen has no room for more points
-    about = dict(title=title, settings=settings, files=[path.name for path in files],
-                 rows=rows[::-step][::-1], sheet=sheet)
+    sheet = None
+    with contextlib.suppress(FileNotFoundError):
+        sheet = json.loads((folder / "interp_sheet.json").read_text())
+    files = [name for name in reversed(written(folder)) if (folder / name).is_file()]
+    about = dict(title=title, settings=settings, files=files, rows=rows[::-step][::-1], sheet=sheet)
     text = json.dumps(about, default=str).replace("<", "\\u003c")     # names may hold </script>
-    write_file(page, PAGE.replace("DATA", text).encode())
+    write_ours(folder / "index.html", PAGE.replace("DATA", text).encode())
 
 
 PAGE = r"""<!doctype html>
-<!-- the page of a run, written by data.py -->
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>run</title>
 <style>
@@ -1139,7 +1135,7 @@ for (const key in run.settings) {
   add(row, "td", {}, run.settings[key])
 }
 
-if (run.sheet) {
+if (run.sheet && run.files.includes("interp_sheet.png")) {
   const { columns, rows, width, height } = run.sheet
   const cell = add(part("sliders"), "div", { id: "cell", style: `width: 26rem; aspect-ratio: ${width} / ${height};
     background: url(interp_sheet.png) 0 0 / ${100 * columns}% ${100 * rows}%` })

@@ -259,7 +259,7 @@ def film(cfg, out, vae, dit):
         videos = vae.play(guess, torch.tensor([time], device=vae.device))[:, 0]
         tokens = (z - dit.token_mean) / dit.token_std
         sheets.append(film_sheet(tokens.cpu(), videos, names, step / len(walk)))
-    save_video(out / "film.gif", data.from_uint8(few_colours(sheets)), 12.5)
+    save_video(out / "film.gif", data.from_uint8(np.stack(sheets)), 12.5)
     print(f"wrote {out}/film.gif: {len(walk)} steps from noise to weights, and to video")
 
 
@@ -663,14 +663,6 @@ def token_colours(tokens):
     """(N, d) of unit variance as a picture, in few shades, as a gif takes them."""
     grey = 127 + 14 * (tokens / 0.25).round().clamp(-9, 9)                      # (N, d)
     return ImageOps.colorize(Image.fromarray(grey.byte().numpy()), COLD, WARM, CARD)
-
-
-def few_colours(sheets):
-    """All pictures on one palette: a gif then keeps only what moves, a third of the size."""
-    some = Image.fromarray(np.concatenate(sheets[::8]))
-    palette = some.quantize(255, Image.Quantize.FASTOCTREE)
-    few = [Image.fromarray(sheet).quantize(palette=palette, dither=0) for sheet in sheets]
-    return np.stack([sheet.convert("RGB") for sheet in few])
 
 
 # -------------------------------------------------------------------------------------- .nerv files
