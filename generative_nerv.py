@@ -107,12 +107,12 @@ def count_doublings(cfg):
 def sinusoids(position, dim, base=10000.0):
     """Sines and cosines of a position at `dim / 2` frequencies, from 1 down to nearly 1 / base radians a unit.
 
-    Shapes:  position (n,) -> (n, dim) in [-1, 1]
+    Shapes:  position (...) -> (..., dim) in [-1, 1]
     Source:  the transformer's embedding; paper A.1 takes "sinusoidal" in place of NeRV's exponential one
     """
     omega = base ** (-torch.arange(dim // 2, device=position.device) / (dim // 2))  # (dim/2,)
-    angle = position.float()[:, None] * omega                           # (n, dim/2)
-    return torch.cat([angle.sin(), angle.cos()], 1)                     # (n, dim)
+    angle = position.float()[..., None] * omega                         # (..., dim/2)
+    return torch.cat([angle.sin(), angle.cos()], -1)                    # (..., dim)
 
 
 def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):

@@ -16,14 +16,12 @@ Letters: B videos, N weight tokens, d channels a token, M cached clips, m vector
 Ranges:  tokens are normalised to mean 0, std 1, as measured on the cache. `t` is diffusion time, an integer: 0 is almost data, 999 is
          almost noise. `guidance` 1 means off.
 """
-import argparse
-import dataclasses
+import copy
 import hashlib
 import json
 import math
-import os
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,9 +30,8 @@ import torch.nn.functional as F
 
 from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video,
                   tile, write_file)
-from nerv_vae import (MADE_BY as VAE_MADE_BY, Attention, Block, Run, carry_on, ignore_stops,
-                      learning_rate, load_checkpoint, load_vae, mlp, sinusoids, size_of, told,
-                      update_ema)
+from nerv_vae import (Attention, Block, Run, carry_on, ignore_stops, learning_rate, load_checkpoint,
+                      load_vae, mlp, sinusoids, size_of, told, update_ema)
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,11 @@ class Config:
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
 
+    @property
+    def by_tokens(self):
+        """Whether tokens of a condition video say what to make; else a class does, or nothing."""
+        return self.condition in ("frames", "image", "edge")
+
 
 PAPER = dict(
     clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4,
@@ -110,8 +112,7 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(dim, heads)
         self.mlp = mlp(dim)
-        self.adaln = nn.Linear(dim, 6 * dim)
-        zeroed(self.adaln)                              # gates of zero
+        self.adaln = zeroed(nn.Linear(dim, 6 * dim))    # gates of zero
 
     def attend(self, x):
         return self.attention(x)
@@ -137,7 +138,8 @@ class DiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.classes = classes
-        self.by_tokens = cfg.condition in ("frames", "image", "edge")
+        self.by_tokens = cfg.by_tokens
+        self.by_class = cfg.condition == "class" and classes > 1
         dim = cfg.dim
         self.embed = nn.Linear(token_dim * (2 if self.by_tokens else 1), dim)
         self.which = nn.Parameter(0.5 * torch.randn(tokens, dim))  # about as large as the embedding
@@ -147,58 +149,48 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(make_block(cfg, tokens, i) for i in range(cfg.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         if cfg.backbone != "gpt":
-            self.final_adaln = nn.Linear(dim, 2 * dim)
-            zeroed(self.final_adaln)
-        self.out = nn.Linear(dim, token_dim)
-        zeroed(self.out)                                # the first guess is: no noise
+            self.final_adaln = zeroed(nn.Linear(dim, 2 * dim))
+        self.out = zeroed(nn.Linear(dim, token_dim))    # the first guess is: no noise
         # Of the cache: tokens are normalised with them, and those that leave the sampler scaled back.
         self.register_buffer("token_mean", torch.zeros(tokens, token_dim))
         self.register_buffer("token_std", torch.ones(tokens, token_dim))
 
     def forward(self, z, t, cond):
-        return self.denoise(z, self.steer(t, self.labels(cond)), cond)
+        return self.denoise(z, self.steer(t, cond), cond)
 
-    def labels(self, cond):
-        """The class that a condition names: none where it is tokens, or there is but one class.
+    def steer(self, t, cond):
+        """What time and class tell the blocks: six vectors each, and two for the output.
 
-        Shapes: as cond -> (B,)
+        It does not look at z, so a sampler can ask for several steps at once.
+        Shapes: t (B,), or (S, 1) for S steps; cond as above -> (B, m, dim), or (S, 1 or B, m, dim)
         """
-        if self.by_tokens or self.classes == 1:
-            return torch.full((len(cond),), self.classes, device=cond.device)
-        return cond
-
-    def steer(self, t, labels):
-        """What time and class tell the blocks, six vectors each, two for the output. Shapes: (B,) x 2 -> (B, m, dim).
-
-        It does not look at the tokens, so a sampler can make it for several steps at once.
-        """
-        time = self.time(sinusoids(t, 256))                             # (B, dim)
-        label = self.label(labels)                                      # (B, dim)
+        if not self.by_class:
+            cond = torch.full_like(t, self.classes)                     # no class
+        time = self.time(sinusoids(t, 256))                             # (..., dim)
+        label = self.label(cond)                                        # (..., dim)
         if self.cfg.backbone == "gpt":
-            return torch.stack([time, label], 1)                        # (B, 2, dim)
+            return torch.stack(torch.broadcast_tensors(time, label), -2)    # (..., 2, dim)
         c = F.silu(time + label)
-        parts = [layer(c) for layer in [*(block.adaln for block in self.blocks), self.final_adaln]]
-        return torch.cat(parts, 1).unflatten(1, (-1, self.cfg.dim))     # (B, 6*depth+2, dim)
+        layers = [block.adaln for block in self.blocks] + [self.final_adaln]
+        vectors = torch.cat([layer(c) for layer in layers], -1)
+        return vectors.unflatten(-1, (-1, self.cfg.dim))                # (..., 6*depth+2, dim)
 
     def denoise(self, z, steering, cond):
-        """The transformer itself. Shapes: z (B, N, d), steering (B, m, dim), cond as above -> (B, N, d)."""
+        """The transformer itself. Shapes: z (B, N, d), steering (B or 1, m, dim), cond as above -> (B, N, d)."""
         if self.by_tokens:
             z = torch.cat([z, self.normalise(cond)], -1)                # (B, N, 2d)
         x = self.embed(z) + self.which                                  # (B, N, dim)
         if self.cfg.backbone == "gpt":
-            return self.denoise_prepended(x, steering)
+            # Table 3a's G.pt: time and class are two more tokens.
+            x = torch.cat([steering.expand(len(x), -1, -1), x], 1)      # (B, 2+N, dim)
+            for block in self.blocks:
+                x = block(x)
+            return self.out(self.norm(x[:, 2:])).float()                # (B, N, d)
         *steerings, final = steering.split([6] * len(self.blocks) + [2], 1)
         for block, steering in zip(self.blocks, steerings):
             x = block(x, steering)
         shift, scale = final.chunk(2, 1)                                # (B, 1, dim) each
         return self.out(self.norm(x) * (1 + scale) + shift).float()     # (B, N, d)
-
-    def denoise_prepended(self, x, steering):
-        """Table 3a's G.pt: time and class are two more tokens. Shapes: (B, N, dim), (B, 2, dim) -> (B, N, d)."""
-        x = torch.cat([steering, x], 1)                                 # (B, 2+N, dim)
-        for block in self.blocks:
-            x = block(x)
-        return self.out(self.norm(x[:, 2:])).float()                    # (B, N, d)
 
     def normalise(self, tokens):
         """Tokens of the tokenizer to mean 0, std 1. Shapes: (B, N, d) -> (B, N, d)."""
@@ -206,9 +198,10 @@ class DiT(nn.Module):
 
 
 def zeroed(layer):
-    """Set a linear layer to zero, for a start that changes nothing."""
+    """The same linear layer, all zero: a start that changes nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ---------------------------------------------------------------------------------------------- loss and sampler
@@ -216,13 +209,11 @@ def zeroed(layer):
 def noise_schedule(device="cpu"):
     """alpha_t and sigma_t of z_t = alpha_t * tokens + sigma_t * noise, t = 0 (almost data) .. 999 (almost noise).
 
-    Shapes: -> alpha (1000,), sigma (1000,); alpha^2 + sigma^2 = 1
+    Shapes: -> (2, 1000): alpha, sigma; alpha^2 + sigma^2 = 1
     Source: paper Sec. 3.3 (the form). Choice: DDPM's linear betas 1e-4 .. 2e-2, as DiT
     """
     kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # alpha_t^2
-    alpha = kept.sqrt().float()
-    sigma = (1 - kept).sqrt().float()
-    return alpha.to(device), sigma.to(device)
+    return torch.stack([kept, 1 - kept]).sqrt().float().to(device)
 
 
 def min_snr_weight(snr, gamma):
@@ -265,26 +256,23 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
     Source:  paper Sec. 3.3, Eq. 2. Choice: the second target; a DDPM step without gradient leads there; decided once
              for a whole batch
     """
-    def at(t):
-        alpha, sigma = schedule
-        return alpha[t][:, None, None], sigma[t][:, None, None]         # (B, 1, 1) each
-
-    def error(eps, target, time):
-        alpha, sigma = at(time)
+    def error(eps, target, level):
+        alpha, sigma = level
         weight = min_snr_weight((alpha / sigma).square(), gamma)        # (B, 1, 1)
         return (weight * (eps - target).square()).mean()
 
-    alpha, sigma = at(t)
+    now = schedule[:, t, None, None]                                    # (2, B, 1, 1)
+    alpha, sigma = now
     z = alpha * tokens + sigma * noise[0]                               # (B, N, d)
     eps = model(z, t, cond)
-    loss = error(eps, noise[0], t)
+    loss = error(eps, noise[0], now)
     if own_step:
-        then = t - own_step
+        then = schedule[:, t - own_step, None, None]
+        alpha, sigma = then
         with torch.no_grad():
-            z = ancestral_step(z, eps, at(t), at(then), noise[1])
-            alpha, sigma = at(then)
+            z = ancestral_step(z, eps, now, then, noise[1])
             target = (z - alpha * tokens) / sigma
-        loss = loss + error(model(z, then, cond), target, then)
+        loss = loss + error(model(z, t - own_step, cond), target, then)
     return loss
 
 
@@ -293,53 +281,46 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
 
     Guidance acts on all d channels: eps = eps_none + guidance * (eps_class - eps_none), both halves in one batch.
+    There is none without classes.
     Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
     Shapes:  noise (B, N, d), cond as DiT -> (B, N, d) twice, scaled back to the tokenizer's units
     Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
     """
-    if guidance != 1 and model.by_tokens:
-        raise ValueError("guidance needs a class condition; use --guidance 1")
-    alpha, sigma = noise_schedule()                     # on the CPU: numbers, to a GPU
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
-    # The last step ends at the data, where alpha is 1 and sigma 0.
-    alpha = torch.cat([alpha[times], alpha.new_ones(1)])                # (steps+1,)
-    sigma = torch.cat([sigma[times], sigma.new_zeros(1)])
+    data = torch.tensor([[1.0], [0.0]])                 # alpha 1, sigma 0: there the last step ends
+    levels = torch.cat([noise_schedule()[:, times], data], 1)           # (2, steps+1)
+    times = times.to(noise.device)
     if sampler == "ddpm":
         fresh = noise_of_steps(noise, steps, seed)                      # (steps, B, N, d)
+    guided = guidance != 1 and model.by_class
+    if guided:
+        cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): the class, no class
     z = noise                                           # stays float32 throughout
-    copies = 1
-    if guidance != 1:
-        copies = 2
-        none = torch.full_like(cond, model.classes)
-        cond = torch.cat([cond, none])                                  # (2B,)
-    steering = steer_ahead(model, times.to(z.device), model.labels(cond))  # in turn, for each step
-    for i in progress(range(steps), quiet, desc="sampling", unit="step", leave=False):
-        with autocast(z):
-            eps = model.denoise(z.repeat(copies, 1, 1), next(steering), cond).float()  # (2B, N, d)
-        if copies == 2:
+    for i in progress(range(steps), quiet, desc="sampling", leave=False):
+        # A GPU computes in bfloat16, whatever --bf16 says of training.
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+            if i % 10 == 0:             # ten steps at once, so that the weights that steer are read once
+                steering = model.steer(times[i:i + 10, None], cond)     # (10, 1 or 2B, m, dim)
+            both = torch.cat([z, z]) if guided else z
+            eps = model.denoise(both, steering[i % 10], cond)           # (B or 2B, N, d)
+        if guided:
             eps, eps_none = eps.chunk(2)                                # (B, N, d) each
             eps = eps_none + guidance * (eps - eps_none)
-        guess = (z - sigma[i] * eps) / alpha[i]         # the tokens that eps implies
+        alpha, sigma = levels[:, i]
+        guess = (z - sigma * eps) / alpha               # the tokens that eps implies
         if sampler == "ddpm":
-            now = (alpha[i], sigma[i])
-            then = (alpha[i + 1], sigma[i + 1])
-            z = ancestral_step(z, eps, now, then, fresh[i])
+            z = ancestral_step(z, eps, levels[:, i], levels[:, i + 1], fresh[i])
         else:
-            z = alpha[i + 1] * guess + sigma[i + 1] * eps
-        yield z * model.token_std + model.token_mean, guess * model.token_std + model.token_mean
+            alpha, sigma = levels[:, i + 1]
+            z = alpha * guess + sigma * eps
+        yield torch.stack([z, guess]) * model.token_std + model.token_mean
 
 
-def sample_tokens(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0, quiet=True):
-    """Noise to weight tokens: where denoise_steps arrives. Shapes: noise (B, N, d) -> tokens (B, N, d)."""
-    for tokens, _ in denoise_steps(model, cond, noise, sampler, steps, guidance, seed, quiet):
+def sample_tokens(model, cond, noise, *how, **settings):
+    """Noise to weight tokens: where denoise_steps arrives. Shapes: noise (B, N, d) -> (B, N, d)."""
+    for tokens, _ in denoise_steps(model, cond, noise, *how, **settings):
         pass
     return tokens
-
-
-def generate(model, vae, cond, noise, **how):
-    """Noise to videos, the whole generator. Shapes: noise (B, N, d) -> (B, T, 3, H, W) in [-1, 1]."""
-    tokens = sample_tokens(model, cond, noise, **how)
-    return vae.play(tokens)                          # each video's tokens are its network's kernels
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -350,9 +331,9 @@ def measure_tokens(model, cache):
         raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better "
                          "thousands")
     rows = np.random.default_rng(0).permutation(len(cache))[:4096]
-    some = torch.from_numpy(cache[rows]).float()                        # (m, 2 or 3, N, d)
-    model.token_mean.copy_(some[:, 0].mean(0))
-    variance = some[:, 0].var(0) + some[:, 1].exp().mean(0)             # (N, d)
+    mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)  # (m, N, d) each
+    variance = mean.var(0) + logvar.exp().mean(0)                       # (N, d)
+    model.token_mean.copy_(mean.mean(0))
     model.token_std.copy_(variance.sqrt())
 
 
@@ -360,19 +341,15 @@ def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl, pictures and a page. Returns the checkpoint's path."""
     with Run(cfg, MADE_BY, "stage 2") as run:
         vae = load_vae(cfg.vae, run.device)
-        cache, meta = cache_tokens(cfg, vae, run)                       # (M, 2 or 3, N, d)
-        classes = meta["classes"]
-        labels = torch.tensor(meta["labels"])                           # (M,)
-        if cfg.condition != "class":
-            labels = torch.full_like(labels, len(classes))
+        cache, notes = cache_tokens(cfg, vae, run)                      # (M, 2 or 3, N, d)
+        classes = notes["classes"]
+        labels = torch.tensor(notes["labels"])                          # (M,)
 
         torch.manual_seed(cfg.seed)
         N, d = cache.shape[2:]
         model = DiT(cfg, N, d, len(classes)).to(run.device)
-        ema = DiT(cfg, N, d, len(classes)).to(run.device)
-        ema.eval().requires_grad_(False)
         measure_tokens(model, cache)
-        ema.load_state_dict(model.state_dict())
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
         opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         run.keep([opt], model=model, ema=ema)
         run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
@@ -384,31 +361,30 @@ def train(cfg):
             step = run.step
             run.seed_step()
             # 1. Cached token sets, random times, and whether this step has a second pass (scheduled sampling).
-            rows = torch.randint(len(cache), (cfg.batch,))              # (B,)
-            rows = rows.sort()[0]                                       # read in the disk's order
+            rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]    # (B,), in the disk's order
             ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
             own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
-            t = torch.randint(own_step, 1000, (cfg.batch,))             # (B,)
-            hidden = torch.rand(cfg.batch) < cfg.class_dropout          # (B,)
-            noise = torch.randn(3, cfg.batch, N, d, device=run.device)
-            posterior_noise = noise[2]                  # the others are for the two passes
+            t = torch.randint(own_step, 1000, (cfg.batch,), device=run.device)      # (B,)
+            hidden = torch.rand(cfg.batch, device=run.device) < cfg.class_dropout   # (B,)
+            noise = torch.randn(3, cfg.batch, N, d, device=run.device)  # for two passes, for the posterior
             model.zero_grad(set_to_none=True)
             for part in run.passes:
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
-                entry = torch.from_numpy(cache[rows[part].numpy()])     # (b, 2 or 3, N, d)
-                entry = send(entry, run.device).float()
+                entry = torch.from_numpy(cache[rows[part]])             # (b, 2 or 3, N, d)
+                if run.cuda:
+                    entry = entry.pin_memory()          # or the step waits for the GPU
+                entry = entry.to(run.device, non_blocking=True).float()
                 mean, logvar, *condition = entry.unbind(1)              # (b, N, d) each
-                tokens = mean + (logvar / 2).exp() * posterior_noise[part]
+                tokens = mean + (logvar / 2).exp() * noise[2, part]
                 tokens = model.normalise(tokens)                        # (b, N, d)
                 if model.by_tokens:
                     cond = condition[0]                                 # (b, N, d)
                 else:
-                    label = labels[rows[part]].masked_fill(hidden[part], len(classes))
-                    cond = send(label, run.device)                      # (b,)
-                time = send(t[part], run.device)                        # (b,)
+                    label = labels[rows[part]].to(run.device, non_blocking=True)
+                    cond = label.masked_fill(hidden[part], len(classes))    # (b,)
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
-                    loss = diffusion_loss(forward, tokens, noise[:2, part], time, cond, schedule,
+                    loss = diffusion_loss(forward, tokens, noise[:2, part], t[part], cond, schedule,
                                           cfg.min_snr_gamma, own_step)
                 (loss / cfg.grad_accum).backward()
                 run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
@@ -431,24 +407,19 @@ def train(cfg):
 
 def main(argv=None):
     """Command line of stage 2; without --dataset, the tokenizer's is the preset row. Returns the checkpoint's path."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--vae", default=Config.vae)
-    vae = Path(first.parse_known_args(argv)[0].vae)
-    dataset = None
-    if vae.exists():
-        dataset = load_checkpoint(vae, "cpu", VAE_MADE_BY)["config"]["dataset"]
-    return train(parse_config(Config, PRESETS, argv, dataset))
+    vae = load_vae(parse_config(Config, PRESETS, argv).vae, "cpu")
+    return train(parse_config(Config, PRESETS, argv, vae.cfg.dataset))
 
 
 # ==================================================================================================================
-# The method ends here. Below: Table 3a's other backbones, what samplers prepare, and the token cache.
+# The method ends here. Below: Table 3a's other backbones, noise for the sampler, a picture, the token cache.
 
 def make_block(cfg, tokens, i):
     """Block i of a backbone."""
     if cfg.backbone == "gpt":
         return Block(cfg.dim, cfg.heads)
     if cfg.backbone == "latte":
-        return LatteBlock(cfg.dim, cfg.heads, tokens, i % 2)
+        return LatteBlock(cfg.dim, cfg.heads, tokens, 1 + i % 2)
     return DiTBlock(cfg.dim, cfg.heads)
 
 
@@ -462,39 +433,12 @@ class LatteBlock(DiTBlock):
         super().__init__(dim, heads)
         rows = max(r for r in range(1, math.isqrt(tokens) + 1) if tokens % r == 0)
         self.grid = (rows, tokens // rows)
-        self.axis = axis
+        self.axis = axis                                # 1: in rows, 2: in columns
 
     def attend(self, x):
-        grid = x.unflatten(1, self.grid)                                # (B, rows, columns, dim)
-        if self.axis:
-            grid = grid.transpose(1, 2)
-        y = self.attention(grid.flatten(0, 1)).view(grid.shape)  # along one axis only
-        if self.axis:
-            y = y.transpose(1, 2)
-        return y.flatten(1, 2)                                          # (B, L, dim)
-
-
-def send(x, device):
-    """To the device, from pinned memory, so that nothing waits for the GPU."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
-def autocast(x):
-    """bfloat16 on a GPU, whatever --bf16 says of training; the state of the sampler stays float32."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
-
-
-def steer_ahead(model, times, labels, at_once=10):
-    """Yields what steers the blocks at each time, made for ten steps at a time: their weights are read once for all.
-
-    Shapes: times (steps,), labels (B,) -> (B, m, dim) for each step
-    """
-    for some in times.split(at_once):
-        with torch.no_grad(), autocast(times):
-            made = model.steer(some.repeat_interleave(len(labels)), labels.repeat(len(some)))
-        yield from made.unflatten(0, (len(some), -1))                   # (B, m, dim) each
+        lines = x.unflatten(1, self.grid).transpose(1, self.axis)       # (B, lines, length, dim)
+        y = self.attention(lines.flatten(0, 1)).view(lines.shape)
+        return y.transpose(1, self.axis).flatten(1, 2)                  # (B, L, dim)
 
 
 def noise_of_steps(noise, steps, seed):
@@ -512,21 +456,19 @@ def noise_of_steps(noise, steps, seed):
 def draw_samples(model, vae, cache, labels, classes, run):
     """A picture of 16 samples, of conditions from all over the cache."""
     cfg = run.cfg
-    rows = torch.from_numpy(np.random.default_rng(0).integers(len(cache), size=16))
-    cond = labels[rows]                                                 # (16,)
-    if model.by_tokens:
-        cond = torch.from_numpy(cache[rows.numpy(), 2]).float()         # (16, N, d)
     generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(cache), (16,), generator=generator)
     noise = torch.randn(16, *cache.shape[2:], generator=generator)
-    guidance = 1.0
+    cond = labels[rows]                                                 # (16,)
+    if cfg.by_tokens:
+        cond = torch.from_numpy(cache[rows, 2]).float()                 # (16, N, d)
+    tokens = sample_tokens(model, cond.to(run.device), noise.to(run.device), cfg.sampler,
+                           cfg.sample_steps, cfg.guidance)
+    names = []
     if cfg.condition == "class":
-        guidance = cfg.guidance
-    videos = generate(model, vae, cond.to(run.device), noise.to(run.device), sampler=cfg.sampler,
-                      steps=cfg.sample_steps, guidance=guidance)
-    names = [*classes, "generated"]                     # the last: of no class
-    names = [names[label] for label in labels[rows].tolist()]
+        names = [classes[label] for label in cond]
     with carry_on(run.picture):
-        save_video(run.picture, tile(videos, 4, names))
+        save_video(run.picture, tile(vae.play(tokens), 4, names))
 
 
 def load_dit(path, device):
@@ -542,7 +484,7 @@ def load_dit(path, device):
     model.class_names = ckpt["classes"]
     model.step = ckpt["step"]
     model.vae_sha256 = ckpt["vae_sha256"]
-    model.path = Path(path)
+    model.path = path
     model.sha256 = file_hash(path)
     return model
 
@@ -560,92 +502,70 @@ def cache_tokens(cfg, vae, run):
     """
     if vae.path.resolve() == run.path.resolve():
         raise SystemExit(f"--out {run.out} is where the tokenizer lies; choose another folder")
-    clips = training_clips(cfg, vae, run)
+    root = cfg.data_root or vae.cfg.data_root
+    index = str(vae.path.parent)                        # where stage 1 left its index of the videos
+    there = replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index)
+    with run.first_rank_first():
+        clips = build_dataset(there)
+    what = [vae.sha256, cfg.clips_per_video, cfg.seed, clips.classes, clips.labels.tolist()]
+    if cfg.by_tokens:
+        what.append(cfg.condition)
+    for file in clips.files or []:
+        state = file.stat()
+        what.append((file.name, state.st_size, state.st_mtime_ns))
+    key = hashlib.sha256(str(what).encode()).hexdigest()[:12]
+    path = vae.path.parent / f"tokens-{key}.npy"
+    found = read_cache(path)
+    if run.agree(int(found is None)):
+        fill_cache(cfg, vae, run, clips, path)
+        found = read_cache(path)
+    return found
+
+
+def read_cache(path):
+    """The cache and its notes; None where there is none, or a damaged one."""
+    try:
+        notes = json.loads(path.with_suffix(".json").read_text())
+        return np.load(path, mmap_mode="r"), notes
+    except Exception:                                   # damaged files raise anything
+        return None
+
+
+@torch.no_grad()
+def fill_cache(cfg, vae, run, clips, path):
+    """Every rank encodes its rows into one file, by ordinary writes: a full disk is a line, no crash."""
     keys = []
     for r in range(cfg.clips_per_video):
         for i in range(len(clips)):
             keys.append((i, cfg.seed * 1_000_003 + i * 1009 + r))
-    kinds = 3 if cfg.condition in ("frames", "image", "edge") else 2
-    shape = (len(keys), kinds, vae.cfg.tokens, vae.cfg.token_dim)
-    path = vae.path.parent / f"tokens-{cache_key(cfg, vae, clips)}.npy"
-    found = read_cache(path, shape)
-    if run.agree(int(found is None)):
-        fill_cache(cfg, vae, run, clips, keys, path, shape)
-        found = read_cache(path, shape)
-    return found
-
-
-def training_clips(cfg, vae, run):
-    """The clips that the tokenizer was trained on, wherever their folder lies now."""
-    root = cfg.data_root or vae.cfg.data_root
-    index = str(vae.path.parent)                        # where stage 1 left its index of the videos
-    then = dataclasses.replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index)
-    with run.first_rank_first():
-        return build_dataset(then)
-
-
-def cache_key(cfg, vae, clips):
-    """Twelve digits for everything that decides what is in the cache."""
-    root = cfg.data_root or vae.cfg.data_root
-    what = [vae.sha256, cfg.clips_per_video, cfg.seed, clips.classes, clips.labels.tolist()]
-    if cfg.condition in ("frames", "image", "edge"):
-        what.append(cfg.condition)
-    for file in clips.files or []:
-        state = file.stat()
-        what.append([os.path.relpath(file, root), state.st_size, state.st_mtime_ns])
-    return digits(json.dumps(what))[:12]
-
-
-def digits(text):
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_cache(path, shape):
-    """The cache of this shape and its notes; None where there is none, or a damaged one."""
-    try:
-        cache = np.load(path, mmap_mode="r")
-        notes = json.loads(path.with_suffix(".json").read_text())
-        whole = cache.shape == shape and cache.dtype == np.float16
-        if whole and len(notes["labels"]) == len(notes["videos"]) == len(cache):
-            return cache, notes
-    except Exception:                                   # damaged files raise anything
-        pass
-    return None
-
-
-@torch.no_grad()
-def fill_cache(cfg, vae, run, clips, keys, path, shape):
-    """Every rank encodes its rows into one file, by ordinary writes: a full disk is a line, no crash."""
-    whose = digits(str(run.out.resolve()))[:8]
-    part = path.with_suffix(f".{whose}.part")       # of this run: what a kill leaves is used again
     first = run.rank * len(keys) // run.world
     mine = keys[first:(run.rank + 1) * len(keys) // run.world]
-    pixels = vae.cfg.frames * vae.cfg.resolution ** 2
-    at_once = max(1, min(32, 4 * 16 * 128 ** 2 // pixels))  # no more than a training pass holds
+    kinds = 3 if cfg.by_tokens else 2
+    shape = (len(keys), kinds, vae.cfg.tokens, vae.cfg.token_dim)
+    # No more clips at once than a training pass holds.
+    at_once = max(1, 2 ** 20 // (vae.cfg.frames * vae.cfg.resolution ** 2))
     loader = torch.utils.data.DataLoader(clips, at_once, sampler=mine, num_workers=cfg.workers,
                                          worker_init_fn=ignore_stops)
+    whose = zlib.crc32(bytes(run.out.resolve()))
+    part = path.with_suffix(f".{whose}.part")           # of this run: what a kill leaves is used again
     labels = [0] * first
     try:
-        with run.first_rank_first():
-            part.touch()
+        part.touch()
         with open(part, "r+b") as file:
             header = dict(descr="<f2", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(file, header)
-            file.seek(2 * first * math.prod(shape[1:]), os.SEEK_CUR)
+            file.seek(file.tell() + 2 * first * math.prod(shape[1:]))
             for video, label in progress(loader, run.rank > 0, desc="encoding clips", leave=False):
                 video = video.to(run.device)
                 rows = list(vae.encode(video))          # mean, logvar: (b, N, d) each
-                if shape[1] == 3:
+                if cfg.by_tokens:
                     rows.append(vae.encode(condition_video(video, cfg.condition))[0])
                 rows = torch.stack(rows, 1).half()      # (b, 2 or 3, N, d)
-                file.write(rows.cpu().numpy().tobytes())
+                file.write(rows.cpu().numpy())
                 labels += label.tolist()                # of the clips read: a broken file has another's
-            file.flush()
-            os.fsync(file.fileno())
         labels = run.agree(labels + [0] * (len(keys) - len(labels)))
         if run.rank == 0:
-            videos = [i for i, _ in keys]
-            notes = dict(labels=labels, videos=videos, classes=clips.classes)
+            notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
             write_file(path.with_suffix(".json"), json.dumps(notes).encode())
             part.replace(path)
         run.agree(0)
@@ -653,8 +573,7 @@ def fill_cache(cfg, vae, run, clips, keys, path, shape):
         raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the tokenizer "
                          "to a folder that can be written, and name it with --vae") from error
     finally:
-        if run.rank == 0:
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -584,7 +584,7 @@ def test_min_snr_weight():
 class OnePoint(torch.nn.Module):
     """The exact denoiser of a data set with a single point, of its mirror image for label 1, of 0 for label 2."""
 
-    by_tokens = False
+    by_class = True
     classes = 2
     token_mean = 0.0
     token_std = 1.0
@@ -594,11 +594,8 @@ class OnePoint(torch.nn.Module):
         self.point = point
         self.alpha, self.sigma = nerv_dit.noise_schedule()
 
-    def labels(self, cond):
-        return cond
-
-    def steer(self, t, labels):
-        return torch.stack([t, labels], 1)[..., None]                   # (B, 2, 1)
+    def steer(self, t, cond):
+        return torch.stack(torch.broadcast_tensors(t, cond), -1)[..., None]     # (B, 2, 1) or (S, B, 2, 1)
 
     def denoise(self, z, steering, cond):
         t, label = steering[..., 0].T
@@ -715,8 +712,8 @@ def test_conditions_are_normalised_once():
     model.token_mean.zero_()
     model.token_std.fill_(1)
     torch.testing.assert_close(model(z, t, scaled), found)
-    with pytest.raises(ValueError, match="--guidance 1"):
-        nerv_dit.sample_tokens(model, cond, z, guidance=2.0)
+    plain, guided = [nerv_dit.sample_tokens(model, cond, z, steps=3, guidance=scale) for scale in (1.0, 2.0)]
+    assert torch.equal(plain, guided)                   # there is no class to exaggerate
 
 
 @pytest.mark.parametrize("backbone", ["dit", "gpt", "latte"])
@@ -1685,12 +1682,7 @@ def test_memory_and_order_change_no_weights(folder_run, tmp_path, monkeypatch, n
     assert max(held) == 2
 
 
-class OfClass(dict):
-    """Clips of one class, by their keys."""
-    classes = ["x"]
-
-
-def test_a_cache_of_large_clips_holds_one_at_a_time(tmp_path):
+def test_a_cache_of_large_clips_holds_one_at_a_time(tmp_path, monkeypatch):
     """Catches 32 clips of 16 x 256 x 256 encoded at once, which no card holds that trains on one."""
     held = []
 
@@ -1698,11 +1690,11 @@ def test_a_cache_of_large_clips_holds_one_at_a_time(tmp_path):
         held.append(len(video))
         return torch.zeros(2, len(video), 1, 1)
 
-    vae = SimpleNamespace(cfg=SimpleNamespace(frames=16, resolution=256), encode=encode)
-    clips = {(0, 0): (torch.zeros(1), 0)}
+    vae = SimpleNamespace(cfg=SimpleNamespace(frames=16, resolution=256, tokens=1, token_dim=1), encode=encode)
+    monkeypatch.setattr(data.ToyVideos, "__getitem__", lambda self, key: (torch.zeros(1), 0))
     with nerv_vae.Run(tiny_dit(out=str(tmp_path)), "", "") as run:
-        nerv_dit.fill_cache(run.cfg, vae, run, OfClass(clips), [(0, 0)] * 3, tmp_path / "tokens-x.npy", (3, 2, 1, 1))
-    assert held == [1, 1, 1]
+        nerv_dit.fill_cache(run.cfg, vae, run, data.ToyVideos(tiny()), tmp_path / "tokens-x.npy")
+    assert held == [1] * 96
 
 
 def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(folder_run, tmp_path, monkeypatch, no_pictures):
@@ -1824,7 +1816,7 @@ def test_cached_tokens_are_the_encoders(folder_run, tmp_path, monkeypatch):
         return read_clip(path, *how)
 
     with nerv_vae.Run(tiny_dit(out=str(tmp_path / "dit")), "", "") as run:
-        clips = data.build_dataset(nerv_dit.dataclasses.replace(vae.cfg, data_root=str(root), out=str(tmp_path)))
+        clips = data.build_dataset(dataclasses.replace(vae.cfg, data_root=str(root), out=str(tmp_path)))
         monkeypatch.setattr(data, "read_clip", one_is_broken)
         cache, notes = nerv_dit.cache_tokens(cfg, vae, run)
         for row, i in enumerate(notes["videos"]):
@@ -1906,12 +1898,12 @@ def test_manners_of_a_process(run, tmp_path, monkeypatch, capfd, no_pictures):
     with data.claim(tmp_path / "a"):
         assert "another run" in refusal(nerv_dit.main, *words, "--out", tmp_path / "a")
     (tmp_path / "file").write_text("")
-    for module in (nerv_vae, nerv_dit):
-        assert str(tmp_path / "file") in refusal(module.main, "--out", tmp_path / "file/below")
+    for main in (nerv_vae.main, lambda given: nerv_dit.main(["--vae", str(run.vae), *given])):
+        assert str(tmp_path / "file") in refusal(main, "--out", tmp_path / "file/below")
         with monkeypatch.context() as patch:
             patch.setenv("RANK", "1")
-            assert "unset both" in refusal(module.main, "--out", tmp_path / "b")
-        assert "--grad-accum" in refusal(module.main, "--out", tmp_path / "b", "--batch", 4, "--grad-accum", 3)
+            assert "unset both" in refusal(main, "--out", tmp_path / "b")
+        assert "--grad-accum" in refusal(main, "--out", tmp_path / "b", "--batch", 4, "--grad-accum", 3)
 
     def interrupted(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
