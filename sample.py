@@ -93,17 +93,16 @@ def generate(cfg, out, vae, dit):
     --long 8 asks every network for frames 0, 1/8 .. T - 1/8, the last 7 beyond the trained ones.
     Source:  paper (Tables A9, A10, E.3): 16 frames trained at stride 8, 128 decoded
     """
-    frame = torch.arange(vae.cfg.frames * cfg.long, device=vae.device) / cfg.long
+    frame = torch.arange(vae.cfg.frames * cfg.long) / cfg.long
     asked = Asked(cfg, vae, dit, cfg.n)
-    settings = dict(clip_settings(vae, cfg.long), kind="samples", n=cfg.n, seed=cfg.seed,
-                    labels_drawn="in turn", asked=cfg.classes, condition=asked.condition,
-                    dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
+    settings = dict(clip_settings(vae, cfg.long), n=cfg.n, seed=cfg.seed, asked=cfg.classes,
+                    condition=asked.condition, dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
     path = out / "samples.npy"
     store = Videos.create(path, settings, asked.classes)
     batches = range(store.done, cfg.n, cfg.batch)
     for first in data.progress(batches, desc="generating", unit="batch"):
         last = min(first + cfg.batch, cfg.n)
-        tokens = draw(cfg, dit, asked, first, last)                          # (k, N, d)
+        tokens = sample_tokens(dit, asked.told(first, last), **start(cfg, dit, first, last))
         store.add(vae.play(tokens, frame), asked.labels[first:last], tokens)
     store.close()
     show_samples(cfg, out, Videos.open(path))
@@ -122,32 +121,23 @@ def interpolate(cfg, out, vae, dit):
     R = videos.shape[-1]
     sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
     save_video(out / "interp_sheet.png", sheet)
-    about = dict(columns=len(videos), rows=T, width=R, height=R)
+    about = dict(columns=25, rows=T, width=R, height=R)
     data.write_file(out / "interp_sheet.json", json.dumps(about).encode())
-    names = [f"lambda {value:.3g}" for value in lam[::3].flatten().tolist()]
-    save_video(out / "interp.gif", tile(videos[::3], 9, names), cfg.fps)
-    save_video(out / "interp.png", strips(videos[::3], names))
-    print(f"wrote {out}/interp.gif and .png: from lambda 1 to 0; with sliders in index.html")
+    names = [f"lambda {value:.3g}" for value in lam[::3].flatten()]
+    show(cfg, out, "interp", videos[::3], 9, names)
 
 
-def render_times(cfg, out, vae, dit):
-    """The first video's weights asked for frames between and beyond the trained (Sec. 4.5.1)."""
+def interpolate_time(cfg, out, vae, dit):
+    """The first video's weights asked for frames between the trained ones (Sec. 4.5.1)."""
+    k = cfg.time_interp
+    frame = torch.arange(vae.cfg.frames * k) / k                         # 0, 1/k .. T - 1/k
+    show_frames(cfg, out, vae, "time_interp", frame, k, cfg.fps * k)
+
+
+def extrapolate(cfg, out, vae, dit):
+    """The first video's weights asked for as many frames again, which never trained (Sec. 4.5.1)."""
     T = vae.cfg.frames
-    k = max(cfg.time_interp, 1)
-    tokens = two_ends(cfg, out, vae)[:1]                                          # (1, N, d)
-    frame = torch.arange(2 * T * k, device=vae.device) / k                   # 0, 1/k .. 2T - 1/k
-    if cfg.time_interp:
-        video = vae.play(tokens, frame[:T * k])[0]                       # (T k, 3, R, R)
-        save_video(out / "time_interp.gif", video, cfg.fps * k)
-        labels = [f"t = {t:.3g}" for t in frame[:4 * k]]
-        save_video(out / "time_interp.png", tile(video[:4 * k, None], k, labels))
-        print(f"wrote {out}/time_interp.gif and .png: {k} frames for every trained one")
-    if cfg.extrapolate:
-        video = vae.play(tokens, frame[::k])[0]                          # (2T, 3, R, R)
-        save_video(out / "extrapolate.gif", video, cfg.fps)
-        labels = [f"frame {t}" for t in range(2 * T)]
-        save_video(out / "extrapolate.png", tile(video[:, None], T, labels))
-        print(f"wrote {out}/extrapolate.gif and .png: frames {T} to {2 * T - 1} never trained")
+    show_frames(cfg, out, vae, "extrapolate", torch.arange(2.0 * T), T, cfg.fps)
 
 
 def predict(cfg, out, vae, dit):
@@ -160,15 +150,10 @@ def predict(cfg, out, vae, dit):
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
     told = vae.encode(shown[None].to(vae.device))[0]                  # (1, N, d)
     told = told.expand(cfg.n, -1, -1)
-    videos = [clip[None], shown[None]]
-    for first in range(0, cfg.n, cfg.batch):
-        tokens = draw(cfg, dit, told, first, min(first + cfg.batch, cfg.n))  # (k, N, d)
-        videos.append(vae.play(tokens))
-    videos = torch.cat(videos)                                                  # (2+n, T, 3, R, R)
+    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))              # (n, N, d)
+    videos = torch.cat([clip[None], shown[None], vae.play(tokens)])             # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
-    save_video(out / "predict.gif", tile(videos, 6, names), cfg.fps)
-    save_video(out / "predict.png", strips(videos[:8], names))
-    print(f"wrote {out}/predict.gif and .png: the video, what was shown, {cfg.n} answers")
+    show(cfg, out, "predict", videos, 6, names)
 
 
 def reconstruct(cfg, out, vae, dit):
@@ -177,23 +162,25 @@ def reconstruct(cfg, out, vae, dit):
     chosen = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]    # one clip a video
     settings = dict(clip_settings(vae), which=which, seed=cfg.seed,
                     pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
-    stores = []
-    for kind in ("original", "reconstruction"):
-        path = out / f"{kind}.npy"
-        stores.append(Videos.create(path, dict(settings, kind=kind), clips.classes))
-    batches = range(min(store.done for store in stores), len(chosen), cfg.batch)
-    for first in data.progress(batches, desc="reconstructing", unit="batch"):
-        part = chosen[first:first + cfg.batch].tolist()
-        video = torch.stack([clips[i, i][0] for i in part])                     # (k, T, 3, R, R)
-        given = data.degrade(video.to(vae.device), vae.cfg.degrade)
-        recon = vae.play(vae.encode(given)[0])                                  # (k, T, 3, R, R)
-        for store, kept in zip(stores, (video, recon)):
-            new = store.done - first                    # a stop between the two leaves one ahead
-            if new < len(part):
-                store.add(kept[new:], clips.labels[part[new:]])
-    for store in stores:
-        store.close()
-    show_pair(cfg, out, which)
+    a = Videos.create(out / "original.npy", settings, clips.classes)
+    b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
+    todo = range(min(a.done, b.done), len(chosen))
+    for i in data.progress(todo, desc="reconstructing", unit="clip"):
+        video, label = clips[int(chosen[i]), i]                                 # (T, 3, R, R)
+        given = data.degrade(video[None].to(vae.device), vae.cfg.degrade)       # (1, T, 3, R, R)
+        if a.done == i:                                 # a stop between the two leaves one ahead
+            a.add(video[None], [label])
+        if b.done == i:
+            b.add(vae.play(vae.encode(given)[0]), [label])
+    a.close()
+    b.close()
+    a = Videos.open(a.path)
+    b = Videos.open(b.path)
+    quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
+    print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
+    k = min(8, len(a))
+    videos = data.from_uint8(np.concatenate([a.pixels[:k], b.pixels[:k]]))      # (2k, T, 3, R, R)
+    show(cfg, out, "reconstruction", videos, k, ["original"] * k + ["reconstruction"] * k)
 
 
 def compress(cfg, out, vae, dit):
@@ -201,24 +188,22 @@ def compress(cfg, out, vae, dit):
     tokens, clip = file_tokens(cfg.compress, vae)                        # (N, d), (T, 3, R, R)
     if not tokens.isfinite().all():
         raise SystemExit(f"the tokens of {cfg.compress} are not finite; train the tokenizer again")
-    T = len(clip)
-    R = clip.shape[-1]
-    used = vae.decoder.used                                                     # (N, d)
+    path = out / (Path(cfg.compress).stem + ".nerv")
+    pixels = clip[:, 0].numel()
     videos = [clip]
     names = ["the video"]
     print(" bits    bytes   bits/pixel   PSNR dB")
     for bits in (4, 5, 6, 7, 8, 32):
-        blob = pack_tokens(tokens[used], bits, vae_sha256=vae.sha256, frames=T, resolution=R)
+        blob = pack_tokens(tokens[vae.decoder.used], bits, vae_sha256=vae.sha256)
         video = play_numbers(unpack_tokens(blob)[1], vae)                    # (T, 3, R, R)
         quality = data.psnr(video, clip).mean()
-        print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / (T * R * R):12.4f} {quality:9.2f}")
+        print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / pixels:12.4f} {quality:9.2f}")
         videos.append(video)
         names.append(f"{bits} bits, {len(blob)} bytes")
         if bits == cfg.bits:
-            path = out / (Path(cfg.compress).stem + ".nerv")
             data.write_file(path, blob)
-    save_video(out / "compress.png", strips(torch.stack(videos), names))
-    print(f"wrote {path} at {cfg.bits} bits: {T} frames of {R} x {R}; and compress.png")
+    print(f"wrote {path} at {cfg.bits} bits")
+    show(cfg, out, "compress", torch.stack(videos), 7, names)
 
 
 def decompress(cfg, out, vae, dit):
@@ -239,26 +224,21 @@ def decompress(cfg, out, vae, dit):
 def film(cfg, out, vae, dit):
     """The sampler at work, film.gif: tokens turn from noise to weights, beside what they decode to.
 
-    Up to 6 videos and 50 steps. The clip runs to and fro meanwhile, and for three seconds after.
+    Up to 6 videos. Four seconds of walk, three of what it came to; the clips run to and fro.
     """
     n = min(cfg.n, 6)
     asked = Asked(cfg, vae, dit, n)
-    noise = noise_for(0, n, dit, cfg.seed)                                      # (n, N, d)
-    walk = list(denoise_steps(dit, asked[0:n], noise, seed=noise_seed(cfg.seed, 0), quiet=False,
-                              **dit.how))
-    every = -(-len(walk) // 50)
-    walk = walk[::-1][::every][::-1]                    # the last one always
     names = [asked.classes[label] for label in asked.labels]
+    walk = list(denoise_steps(dit, asked.told(0, n), **start(cfg, dit, 0, n)))
     turn = max(vae.cfg.frames - 1, 1)
     sheets = []
-    for i in range(len(walk) + 38):
-        step = min(i + 1, len(walk))
-        z, guess = walk[step - 1]                                               # (n, N, d) each
-        time = i * cfg.fps / 12.5 % (2 * turn)
-        time = min(time, 2 * turn - time)                                       # 0 .. T-1 .. 0 ..
-        videos = vae.play(guess, torch.tensor([time], device=vae.device))[:, 0]
+    for i in range(88):
+        done = min(i / 49, 1)
+        z, guess = walk[round(done * (len(walk) - 1))]                          # (n, N, d) each
+        time = abs(i * cfg.fps / 12.5 % (2 * turn) - turn)                      # T-1 .. 0 .. T-1 ..
+        videos = vae.play(guess, torch.tensor([time]))[:, 0]                    # (n, 3, R, R)
         tokens = (z - dit.token_mean) / dit.token_std
-        sheets.append(film_sheet(tokens.cpu(), videos, names, step / len(walk)))
+        sheets.append(film_sheet(tokens.cpu(), videos, names, done))
     save_video(out / "film.gif", data.from_uint8(np.stack(sheets)), 12.5)
     print(f"wrote {out}/film.gif: {len(walk)} steps from noise to weights, and to video")
 
@@ -275,72 +255,61 @@ def export(cfg, out, vae, dit):
 
 
 def bench(cfg, out, vae, dit):
-    """Time the paper's sizes with random weights on this machine.
+    """Time the paper's sizes with random weights on this machine, into bench.json.
 
     Source:  paper (Tables A2, A3, E.16), and one training step of each stage
              departs (E.1 averages 100 calls): the median of what fits into 3 seconds; no LPIPS, no
-             GAN; bfloat16 and torch.compile on CUDA only
+             GAN; bfloat16, torch.compile, memory and all 250 DDPM steps on CUDA only
     """
     device = nerv_vae.pick_device(cfg.device)
-    B = cfg.batch or 1
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
     dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
-    table = Table(device, f"{c.model}, {c.resolution} x {c.resolution}, batch {B}")
+    B = cfg.batch
+    R = c.resolution
+    table = Table(device, f"{c.model}, {R} x {R}, batch {B}")
+    with device:
+        video = torch.zeros(B, c.frames, 3, R, R)
+        z = torch.randn(B, c.tokens, c.token_dim)
+        frame = torch.arange(float(c.frames))
+        t = torch.full((B,), 500)
+        cond = torch.zeros_like(t)
     vae = nerv_vae.NeRVVAE(c).to(device).eval()
-    video = torch.zeros(B, c.frames, 3, c.resolution, c.resolution, device=device)
-    z = torch.randn(B, c.tokens, c.token_dim, device=device)
-    frame = torch.arange(c.frames, device=device).float()
-
-    encoding = table.module("encode", vae.encoder, video)
-    decoding = table.module("decode", vae.decoder, z, frame)
+    schedule = nerv_dit.noise_schedule(device)
     net = vae.decoder.instantiate(z[0])
-    table.module("decode one clip, instantiated", net, frame)
-    cell = c.resolution // c.pe_size                    # convolutions do not mind the grid's size
-    x = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]       # (1, 48, 45, 80)
-    x = x.contiguous(memory_format=torch.channels_last)
-    table.row(f"one frame of 1280 x {x.shape[2] * cell}, instantiated", net,
-              lambda: render(net.layers, net.convs, x, c.side),
-              decoding / B / c.frames * x[0, 0].numel() / c.pe_size ** 2)
+    cell = R // c.pe_size                               # convolutions do not mind the grid's size
+    wide = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]    # (1, 48, 45, 80)
+    wide = wide.contiguous(memory_format=torch.channels_last)
 
     def stage1():
         recon, mean, logvar = vae(video, frame, z)
         return F.mse_loss(recon, video) + nerv_vae.kl_divergence(mean, logvar).mean()
 
-    table.training("training step, stage 1", vae.train(), stage1, encoding + decoding)
-    dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
-    t = torch.full((B,), 500, device=device)
-    cond = torch.zeros_like(t)
-    noise = torch.randn(2, *z.shape, device=device)
-    denoising = table.module("one pass of DiT", dit, z, t, cond)
-    schedule = nerv_dit.noise_schedule(device)
-
     def stage2():
-        return nerv_dit.diffusion_loss(dit, z, noise, t, cond, schedule, dc.min_snr_gamma)
+        return nerv_dit.diffusion_loss(dit, z, z[None], t, cond, schedule, dc.min_snr_gamma)
 
-    table.training("training step, stage 2", dit, stage2, denoising)
+    encoding = table.row("encode", lambda: vae.encoder(video))
+    decoding = table.row("decode", lambda: vae.decoder(z, frame))
+    table.row("decode one clip, instantiated", lambda: net(frame))
+    table.row(f"one frame of 1280 x {wide.shape[2] * cell}, instantiated",
+              lambda: render(net.layers, net.convs, wide, c.side))
+    table.training("training step, stage 1", vae, stage1, 3 * (encoding + decoding))
+    dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
+    denoising = table.row("one pass of DiT", lambda: dit(z, t, cond))
+    table.training("training step, stage 2", dit, stage2, 3 * denoising)
     ready_to_sample(dit, cfg, device)
-    for sampler, steps in (("ddpm", 250), ("ddim", 50)):
-        timed = steps if device.type == "cuda" else 2
-        table.row(f"{steps} {sampler} steps, guidance 2", dit,
-                  lambda: sample_tokens(dit, cond, z, sampler, timed, 2.0),
-                  2 * steps * denoising, steps // timed)
+    steps = 250 if device.type == "cuda" else 2
+    table.row(f"{steps} DDPM steps, guidance 2",
+              lambda: sample_tokens(dit, cond, z, "ddpm", steps, 2.0), 2 * steps * denoising)
     data.write_file(out / "bench.json", json.dumps(table.rows, indent=1).encode())
 
 
-# flag: what it calls, and what must be loaded for it; "samples" are those of the same command
-MODES = {
-    "bench": (bench, "nothing"),
-    "compress": (compress, "vae"),
-    "decompress": (decompress, "vae"),
-    "reconstruct": (reconstruct, "vae"),
-    "export": (export, "both"),
-    "film": (film, "both"),
-    "predict": (predict, "both"),
-    "interp": (interpolate, "samples"),
-    "time_interp": (render_times, "samples"),
-    "extrapolate": (render_times, "samples"),
-}
+MODES = dict(
+    bench=bench, compress=compress, decompress=decompress, reconstruct=reconstruct, film=film,
+    predict=predict, interp=interpolate, time_interp=interpolate_time, extrapolate=extrapolate,
+    export=export)
+WITHOUT_DIT = {compress, decompress, reconstruct}
+OF_SAMPLES = {interpolate, interpolate_time, extrapolate}       # those of the same command
 
 
 @torch.no_grad()
@@ -348,15 +317,17 @@ def main(argv=None):
     """Command line of sample.py. Returns the folder written to."""
     data.alone("sample.py")
     cfg = data.parse_config(Config, {}, argv)
-    modes = [MODES[flag] for flag in MODES if getattr(cfg, flag)]
-    if not modes or "samples" in dict(modes).values():
-        modes.insert(0, (generate, "samples"))
+    modes = [mode for flag, mode in MODES.items() if getattr(cfg, flag)]
+    if not modes or OF_SAMPLES.intersection(modes):
+        modes.insert(0, generate)
+    if cfg.bench:
+        modes = [bench]                                 # alone, or it would time the rest
+    if cfg.batch == 0:
+        cfg = replace(cfg, batch=1 if cfg.bench else 16)
     with data.claim(cfg.out):
-        vae, dit = load(cfg, {need for _, need in modes})
-        if not cfg.bench:
-            cfg = replace(cfg, batch=cfg.batch or 16)
+        vae, dit = load(cfg, modes)
         try:
-            for mode, _ in dict.fromkeys(modes):        # render_times once, for whichever flags
+            for mode in modes:
                 mode(cfg, Path(cfg.out), vae, dit)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on with clips on disk") from None
@@ -370,33 +341,33 @@ def main(argv=None):
 class Asked:
     """What each of n videos is made from: its class, nothing, or a clip that did not train.
 
-    Shapes:  self[first:last] -> what DiT is told, (k,) or (k, N, d); .labels (n,) into .classes
+    Shapes:  told(first, last) -> what DiT is told, (k,) or (k, N, d); .labels (n,) into .classes
     """
 
     def __init__(self, cfg, vae, dit, n):
         self.vae = vae
         self.dit = dit
         self.condition = dit.cfg.condition
-        self.classes = ["video"]
-        self.labels = np.zeros(n, int)
-        self.told = torch.full((n,), dit.classes, device=vae.device)    # no class
-        if self.condition == "class":
-            self.classes = dit.class_names
-            self.labels = pick_labels(cfg.classes, self.classes, n)
-            self.told = self.told.new_tensor(self.labels)
-        elif dit.by_tokens:
+        if dit.by_tokens:
             self.clips, which = unseen_clips(cfg, vae)
             order = np.random.default_rng(cfg.seed).permutation(len(self.clips))
-            self.keys = [(int(i), seed) for seed, i in enumerate(np.resize(order, n))]  # in turn
+            self.chosen = np.resize(order, n)           # in turn
             self.classes = self.clips.classes
-            self.labels = self.clips.labels[np.resize(order, n)]
+            self.labels = self.clips.labels[self.chosen]
             self.condition += f" of {which} clips"
+        elif self.condition == "class":
+            self.classes = dit.class_names
+            self.labels = pick_labels(cfg.classes, self.classes, n)
+        else:
+            self.classes = [*dit.class_names, "video"]  # the last: no class
+            self.labels = np.full(n, dit.classes)
 
-    def __getitem__(self, part):
+    def told(self, first, last):
         if not self.dit.by_tokens:
-            return self.told[part]                                              # (k,)
-        video = torch.stack([self.clips[key][0] for key in self.keys[part]])    # (k, T, 3, R, R)
-        shown = data.condition_video(video.to(self.vae.device), self.dit.cfg.condition)
+            return torch.tensor(self.labels[first:last], device=self.vae.device)        # (k,)
+        video = [self.clips[int(self.chosen[i]), i][0] for i in range(first, last)]
+        video = torch.stack(video).to(self.vae.device)                          # (k, T, 3, R, R)
+        shown = data.condition_video(video, self.dit.cfg.condition)
         return self.vae.encode(shown)[0]                                        # (k, N, d)
 
 
@@ -406,9 +377,9 @@ def pick_labels(wanted, names, n):
     Raises:  SystemExit that lists the classes
     """
     known = {str(i): i for i in range(len(names))}
-    known.update((unicodedata.normalize("NFC", name), i) for i, name in enumerate(names))
-    wanted = unicodedata.normalize("NFC", wanted)
-    words = "|".join(re.escape(word) for word in sorted(known, key=len, reverse=True))
+    known.update({name: i for i, name in enumerate(names)})
+    wanted = unicodedata.normalize("NFC", wanted)       # as the names are
+    words = "|".join(sorted(map(re.escape, known), key=len, reverse=True))
     entry = rf"\s*({words})\s*(?:,|$)"
     left = re.sub(entry, "", wanted).strip(" ,")
     if left:
@@ -418,38 +389,28 @@ def pick_labels(wanted, names, n):
     return np.resize(chosen or range(len(names)), n)
 
 
-def noise_seed(seed, i):
-    """Seed of video i's noise, which does not depend on the batch it is in."""
-    return seed * 1_000_003 + i
+def start(cfg, dit, first, last):
+    """Where and how the sampler starts for videos first..last-1: settings of `sample_tokens`.
 
-
-def noise_for(first, last, dit, seed):
-    """Starting noise of videos first..last-1. Shapes: -> (k, N, d)."""
+    The noise of a video follows from its number, whatever batch it is in. Shapes: noise (k, N, d)
+    """
+    seed = cfg.seed * 1_000_003
     noise = []
     for i in range(first, last):
-        generator = torch.Generator().manual_seed(noise_seed(seed, i))
+        generator = torch.Generator().manual_seed(seed + i)
         noise.append(torch.randn(dit.token_mean.shape, generator=generator))
-    return torch.stack(noise).to(dit.token_mean.device)
-
-
-def draw(cfg, dit, told, first, last):
-    """Tokens of videos first..last-1, told[first:last] to DiT. Shapes: -> (k, N, d)."""
-    noise = noise_for(first, last, dit, cfg.seed)
-    return sample_tokens(dit, told[first:last], noise, seed=noise_seed(cfg.seed, first),
-                         quiet=cfg.n > cfg.batch, **dit.how)
+    noise = torch.stack(noise).to(dit.token_mean.device)
+    return dict(noise=noise, seed=seed + first, quiet=False, **dit.how)
 
 
 def file_tokens(path, vae):
     """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, R, R)."""
-    c = vae.cfg
-    stride = c.stride
-    try:
+    T = vae.cfg.frames
+    stride = vae.cfg.stride
+    with nerv_vae.told(f"{path} has no readable clip of {T} frames at stride {stride}"):
         if stride == 0:                                 # the clip spreads over the whole video
-            stride = max((data.count_frames(path) - 1) // max(c.frames - 1, 1), 1)
-        clip = data.read_clip(path, 0, c.frames, stride, c.resolution)
-    except Exception as error:                          # hostile files raise anything
-        raise SystemExit(f"{path} has no readable clip of {c.frames} frames at stride {stride} "
-                         f"({error})") from error
+            stride = (data.count_frames(path) - 1) // max(T - 1, 1)
+        clip = data.read_clip(path, 0, T, stride, vae.cfg.resolution)
     return vae.encode(clip[None].to(vae.device))[0][0], clip
 
 
@@ -457,9 +418,9 @@ def two_ends(cfg, out, vae):
     """Tokens of --video-a, else the first sample, and --video-b, else the last. -> (2, N, d)."""
     tokens = Videos.open(out / "samples.npy").tokens
     ends = torch.tensor(tokens[[0, -1]], device=vae.device)
-    for end, path in zip(ends, (cfg.video_a, cfg.video_b)):
+    for i, path in enumerate((cfg.video_a, cfg.video_b)):
         if path:
-            end.copy_(file_tokens(path, vae)[0])
+            ends[i] = file_tokens(path, vae)[0]
     return ends
 
 
@@ -469,14 +430,14 @@ def unseen_clips(cfg, vae):
     Held-out ones of stage 1's folder; all of it where all trained; all of another --data-root.
     A folder that only moved is told by its files: stage 1's index knows their names and sizes.
     """
-    about = replace(vae.cfg, flip=False, out=cfg.out)
-    if cfg.data_root:
-        about = replace(about, data_root=cfg.data_root)
+    root = cfg.data_root or vae.cfg.data_root
+    about = replace(vae.cfg, flip=False, out=cfg.out, data_root=root)
     known = data.read_checked(vae.path.with_name("index.json"))
     if known:
         root, files, _ = data.find_videos(about)
-        sizes = {str(path.relative_to(root)): path.stat().st_size for path in files}
-        if all(known[name]["size"] != sizes[name] for name in known.keys() & sizes):
+        trained = {(name, file.get("size")) for name, file in known.items()}
+        here = {(str(path.relative_to(root)), os.path.getsize(path)) for path in files}
+        if not trained & here:
             return data.build_dataset(replace(about, split="all")), "unseen"
         about = replace(about, out=str(vae.path.parent))        # no need to look through them again
     clips = data.build_dataset(about, held_out=True)
@@ -497,15 +458,15 @@ def clip_settings(vae, long=1):
 
 # ------------------------------------------------------------------------------------------ loading
 
-def load(cfg, needs):
+def load(cfg, modes):
     """The checkpoints that the modes need, checked against each other and against the flags."""
     device = nerv_vae.pick_device(cfg.device)
     dit = None
+    if cfg.bench:
+        return None, None
     if cfg.weights:
         cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
-    if needs == {"nothing"}:
-        return None, None
-    if needs & {"both", "samples"}:
+    if not WITHOUT_DIT.issuperset(modes):
         dit = nerv_dit.load_dit(cfg.dit, device)
         cfg = replace(cfg, vae=cfg.vae or dit.cfg.vae)
     vae = nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device)
@@ -527,12 +488,11 @@ def how_to_sample(cfg, dit):
                guidance=cfg.guidance or dit.cfg.guidance)
     if cfg.sampler == "auto":
         how["sampler"] = dit.cfg.sampler
-    if dit.cfg.condition != "class":
+    if dit.cfg.condition != "class" or dit.classes == 1:
         if cfg.classes or cfg.guidance not in (0, 1):
-            raise SystemExit(f"{cfg.dit} was trained with --condition {dit.cfg.condition}: it has "
-                             "no classes to choose or exaggerate; leave out --classes, --guidance")
-    if dit.cfg.condition != "class" or len(dit.class_names) == 1:
-        how["guidance"] = 1.0                           # nothing to exaggerate
+            raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
+                             "--classes and --guidance")
+        how["guidance"] = 1.0
     return how
 
 
@@ -541,26 +501,16 @@ def ready_to_sample(dit, cfg, device):
 
     Buffers and the state of the sampler stay float32.
     """
-    if device.type != "cuda":
-        return
-    for parameter in dit.parameters():
-        parameter.data = parameter.data.bfloat16()
-    if cfg.compile:
-        try:                                            # a compiler or headers may be missing
-            torch.compile(torch.square)(torch.ones(1, device=device))
+    if device.type == "cuda":
+        for parameter in dit.parameters():
+            parameter.data = parameter.data.bfloat16()
+        if cfg.compile and nerv_vae.can_compile(device):
             dit.denoise = torch.compile(dit.denoise, mode="reduce-overhead")
-        except Exception as error:                      # one for each part of the compiler
-            reason = str(error).strip().split("\n")[0]
-            print(f"torch.compile does not work here ({reason}): the same samples, but slower")
 
 
 def write_half(path, model, **about):
     """A checkpoint of a model's weights as float16, with what its stage needs to load it."""
-    about["step"] = model.step
-    about["ema"] = model.state_dict()
-    for name, value in about["ema"].items():
-        if value.is_floating_point():
-            about["ema"][name] = value.half()
+    about.update(step=model.step, ema=model.half().state_dict())
     if not nerv_vae.save_checkpoint(path, about):
         raise SystemExit(f"could not write {path}")
 
@@ -576,11 +526,9 @@ def show_samples(cfg, out, clips):
     films = min(cfg.mp4, len(clips))
     for i in data.progress(range(films), desc="mp4", unit="file"):
         save_video(out / mp4_name(i, len(clips), names[i]), clips[i, 0][0], cfg.fps)
-    shown = torch.stack([clips[i, 0][0][::cfg.long] for i in range(min(64, len(clips)))])
-    save_video(out / "samples.gif", tile(shown, round(len(shown) ** 0.5), names), cfg.fps)
-    save_video(out / "samples.png", strips(shown[:16], names))
-    print(f"wrote {len(clips)} videos to {out}/samples.npy, the first {films} also as mp4, "
-          f"{len(shown)} in samples.gif and .png")
+    print(f"wrote {len(clips)} videos to {out}/samples.npy, the first {films} also as mp4")
+    shown = data.from_uint8(clips.pixels[:64, ::cfg.long].copy())               # (k, T, 3, R, R)
+    show(cfg, out, "samples", shown, round(len(shown) ** 0.5), names)
 
 
 def mp4_name(i, n, name):
@@ -590,26 +538,28 @@ def mp4_name(i, n, name):
     return f"{i:0{digits}d}_{plain}.mp4"
 
 
-def show_pair(cfg, out, which):
-    """PSNR of the pair on the disk, and reconstruction.gif of its first clips."""
-    a = Videos.open(out / "original.npy")
-    b = Videos.open(out / "reconstruction.npy")
-    quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
-    print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
-    k = min(8, len(a))
-    videos = torch.stack([side[i, 0][0] for side in (a, b) for i in range(k)])  # (2k, T, 3, R, R)
-    labels = ["original"] * k + ["reconstruction"] * k
-    save_video(out / "reconstruction.gif", tile(videos, k, labels), cfg.fps)
-    print(f"wrote {out}/original.npy, reconstruction.npy and reconstruction.gif")
+def show(cfg, out, stem, videos, columns, names):
+    """STEM.gif plays all videos, STEM.png has the frames of the first 16, a row for each.
 
-
-def strips(videos, names):
-    """One row a video, time from left to right. Shapes: (n, T, 3, R, R) -> (1, 3, H', W')."""
-    labels = []
+    Shapes:  videos (n, T, 3, R, R), names n or more
+    """
+    save_video(out / f"{stem}.gif", tile(videos, columns, names), cfg.fps)
     T = videos.shape[1]
-    for name in names[:len(videos)]:
+    frames = videos[:16].flatten(0, 1)                                          # (16 T, 3, R, R)
+    labels = []
+    for name in names:
         labels += [name] + [f"frame {t}" for t in range(1, T)]
-    return tile(videos.flatten(0, 1)[:, None], T, labels)
+    save_video(out / f"{stem}.png", tile(frames[:, None], T, labels))
+    print(f"wrote {out}/{stem}.gif and .png")
+
+
+def show_frames(cfg, out, vae, stem, frame, columns, fps):
+    """STEM.gif plays what the first video's weights give at times `frame`, STEM.png has four rows."""
+    video = vae.play(two_ends(cfg, out, vae)[:1], frame)[0]                     # (n, 3, R, R)
+    save_video(out / f"{stem}.gif", video, fps)
+    labels = [f"t = {t:.3g}" for t in frame]
+    save_video(out / f"{stem}.png", tile(video[:4 * columns, None], columns, labels))
+    print(f"wrote {out}/{stem}.gif and .png")
 
 
 NIGHT = "#0d1117"
@@ -625,37 +575,28 @@ def film_sheet(tokens, videos, names, done):
 
     Shapes:  tokens (n, N, d), videos (n, 3, R, R), done in 0..1 of the way -> (H', W', 3) uint8
     """
-    side = 128                                          # of a picture, in pixels as all lengths
-    space = 12
-    width = 2 * side + 4 * space                        # of a card
-    height = side + 54
     font = ImageFont.load_default(28)
     columns = min(len(names), 3)
-    rows = -(-len(names) // columns)
-    right = space + columns * (width + space)
-    sheet = Image.new("RGB", (right, 60 + rows * (height + space)), NIGHT)
+    rows = (len(names) + 2) // 3
+    right = 12 + 316 * columns                          # a card of 304 and a gap of 12, in pixels
+    sheet = Image.new("RGB", (right, 60 + 194 * rows), NIGHT)
     pen = ImageDraw.Draw(sheet)
     pen.text((24, 30), "noise", GREY, font, "lm")
-    pen.text((right - 24, 30), "weights", PALE if done == 1 else GREY, font, "rm")
-    start = 48 + pen.textlength("noise", font)
-    end = right - 48 - pen.textlength("weights", font)
-    here = start + (end - start) * done
-    pen.line((start, 30, end, 30), CARD, 4)
-    pen.line((start, 30, here, 30), WARM, 4)
+    pen.text((right - 24, 30), "weights", GREY, font, "rm")
+    end = right - 148                                   # of the line between the two words
+    here = 116 + (end - 116) * done
+    pen.line((116, 30, end, 30), CARD, 4)
+    pen.line((116, 30, here, 30), WARM, 4)
     pen.ellipse((here - 7, 23, here + 7, 37), WARM)
     for i, name in enumerate(names):
-        x = space + i % columns * (width + space)
-        y = 60 + i // columns * (height + space)
-        pen.rounded_rectangle((x, y, x + width, y + height), 10, CARD)
-        x += space
-        pen.text((x, y + 21), name[:19], PALE, font, "lm")
-        y += 42
-        weights = token_colours(tokens[i]).resize((side, side), Image.NEAREST)
-        sheet.paste(weights, (x, y))
-        x += side + 2 * space
-        pen.polygon((x - 17, y + 56, x - 6, y + 64, x - 17, y + 72), GREY)
+        x = 12 + i % columns * 316
+        y = 60 + i // columns * 194
+        pen.rounded_rectangle((x, y, x + 304, y + 182), 10, CARD)
+        pen.text((x + 12, y + 21), name[:19], PALE, font, "lm")
+        pen.text((x + 152, y + 106), ">", GREY, font, "mm")
         frame = Image.fromarray(data.to_uint8(videos[i]))
-        sheet.paste(frame.resize((side, side), Image.BICUBIC), (x, y))
+        sheet.paste(token_colours(tokens[i]).resize((128, 128), Image.NEAREST), (x + 12, y + 42))
+        sheet.paste(frame.resize((128, 128)), (x + 164, y + 42))
     return np.array(sheet)
 
 
@@ -667,7 +608,6 @@ def token_colours(tokens):
 
 # -------------------------------------------------------------------------------------- .nerv files
 
-MAGIC = b"NeRV\x02"                 # the last byte: version 2
 LARGEST = 1 << 22                   # bytes; no token set of ours is near
 
 
@@ -686,57 +626,44 @@ def quantise(numbers, bits):
 
 
 def pack_tokens(numbers, bits, **about):
-    """The numbers (n,) of a video as the bytes of a .nerv file; integers are little-endian.
+    """The numbers (n,) of a video as a .nerv file: a gzip file, of Huffman codes alone.
 
-    magic, 5 bytes | length of the header, 4 bytes | header, JSON | payload | CRC-32 of all, 4 bytes
-    payload: levels, a byte each, Huffman coded (raw deflate without matches); at 32 bits float32
+    In it: a line of JSON, then the level of each number, a byte; at 32 bits float32, little-endian
     """
-    numbers = numbers.float().cpu().numpy()
-    header = dict(count=len(numbers), bits=bits, **about)
+    numbers = numbers.cpu().numpy()
+    header = dict(about, bits=bits)
     if bits == 32:
-        payload = numbers.astype("<f4").tobytes()
+        levels = numbers.astype("<f4")
     else:
         levels, header["low"], header["scale"] = quantise(numbers, bits)
-        coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        payload = coder.compress(levels.tobytes()) + coder.flush()
-    header = json.dumps(header).encode()
-    blob = MAGIC + len(header).to_bytes(4, "little") + header + payload
-    return blob + zlib.crc32(blob).to_bytes(4, "little")
+    content = json.dumps(header).encode() + b"\n" + levels.tobytes()
+    coder = zlib.compressobj(wbits=31, strategy=zlib.Z_HUFFMAN_ONLY)            # 31: as gzip
+    return coder.compress(content) + coder.flush()
 
 
 def unpack_tokens(blob):
     """Header and numbers (n,) float32 of a .nerv file. Raises: ValueError and its like."""
-    checksum = int.from_bytes(blob[-4:], "little")
-    if blob[:5] != MAGIC or zlib.crc32(blob[:-4]) != checksum:
-        raise ValueError("it is none, or truncated or altered: its checksum is another")
-    start = 9 + int.from_bytes(blob[5:9], "little")
-    header = json.loads(blob[9:start])
-    payload = blob[start:-4]
-    count = header["count"]
-    if type(count) is not int or not 0 < count <= LARGEST:
-        raise ValueError("its header has impossible sizes")
+    coder = zlib.decompressobj(31)
+    content = coder.decompress(blob, LARGEST)           # never more memory
+    if not coder.eof:                                   # it is where gzip's checksum is right
+        raise ValueError("it is truncated, or larger than any token set")
+    header, payload = content.split(b"\n", 1)
+    header = json.loads(header)
     if header["bits"] == 32:
-        numbers = np.frombuffer(payload, "<f4").astype(np.float32)
+        numbers = torch.tensor(np.frombuffer(payload, "<f4"))
     else:
-        payload = zlib.decompressobj(-15).decompress(payload, count + 1)        # never more memory
-        levels = np.frombuffer(payload, np.uint8)
-        numbers = levels * float(header["scale"]) + float(header["low"])
-        numbers = numbers.astype(np.float32)
-    if len(numbers) != count or not np.isfinite(numbers).all():
+        levels = torch.tensor(np.frombuffer(payload, np.uint8))
+        numbers = (levels.double() * header["scale"] + header["low"]).float()
+    if not numbers.isfinite().all():
         raise ValueError("its tokens are not numbers")
-    return header, torch.from_numpy(numbers)
+    return header, numbers
 
 
 def read_nerv(path):
     """As `unpack_tokens`, of a file. Raises: SystemExit that says what is wrong with it."""
-    try:
-        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
-            raise ValueError("no such file, or one larger than any token set")
-        with np.errstate(over="ignore", invalid="ignore"):
-            return unpack_tokens(Path(path).read_bytes())
-    except Exception as error:                          # hostile files raise anything
-        raise SystemExit(f"{path} cannot be read as a .nerv file ({error}); make it again with "
-                         "--compress") from error
+    with nerv_vae.told(f"{path} cannot be read as a .nerv file; make it again with --compress"):
+        with open(path, "rb") as file:
+            return unpack_tokens(file.read(LARGEST))
 
 
 def play_numbers(numbers, vae):
@@ -763,74 +690,51 @@ class Table:
     """The rows of --bench. Share: of the time that a large matrix product takes for as much."""
 
     def __init__(self, device, title):
-        self.device = device
-        self.gpu = device.type == "cuda"
-        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=self.gpu)
-        peak_memory(device, reset=True)
-        self.idle = peak_memory(device)
-        size = 8192 if self.gpu else 2048
-        x = torch.randn(size, size, device=device)
-        with self.amp:
-            self.product = 2 * size ** 3 / seconds(lambda: x @ x)           # operations a second
-        copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
+        x = torch.randn(4096, 4096, device=device)
         name = f"{torch.get_num_threads()} CPU threads"
+        self.autocast = nerv_dit.autocast(x)
+        self.gpu = x.is_cuda
         if self.gpu:
+            x = x.bfloat16()
             name = torch.cuda.get_device_name()
+        self.product = 2 * len(x) ** 3 / seconds(lambda: x @ x)             # operations a second
+        copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
         self.rows = [f"{title}; {name}: {self.product / 1e12:.3g} TFLOP/s, "
                      f"copy {copy / 1e9:.3g} GB/s"]
         print(self.rows[0])
-        print(f"{'':<38} params M     TFLOP   latency s  peak GB  share")
+        print(f"{'':<40}    TFLOP   latency s  peak GB  share")
 
-    def module(self, name, module, *inputs):
-        """A row for one call of a module. Returns its operations, two for each multiply-add."""
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            module(*inputs)                             # fused attention would not be counted
-        flop = counter.get_total_flops()
-        if self.gpu:
-            module.compile()
-        self.row(name, module, lambda: module(*inputs), flop)
+    def row(self, name, call, flop=0):
+        """Time a call. Returns its operations, two for each multiply-add, counted if not given."""
+        if not flop:                                    # fused attention would not be counted
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                call()
+            flop = counter.get_total_flops()
+            call = torch.compile(call, disable=not self.gpu)
+        with self.autocast:
+            if self.gpu:
+                call()                                  # compiles
+                torch.cuda.reset_peak_memory_stats()
+            latency = seconds(call)
+        peak = torch.cuda.max_memory_allocated() / 1e9                          # 0 without CUDA
+        share = flop / self.product / latency
+        self.rows.append(dict(name=name, tflop=flop / 1e12, latency_s=latency, peak_gb=peak,
+                              share=share))
+        print(f"{name:<40} {flop / 1e12:8.3f} {latency:11.4f} {peak:8.2f} {share:6.1%}", flush=True)
         return flop
 
     def training(self, name, model, loss, flop):
         """A row for one training step, whose backward pass is two forward ones."""
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        opt = torch.optim.AdamW(model.train().parameters(), fused=True)
+        loss = torch.compile(loss, disable=not self.gpu)
 
         def step():
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             with torch.enable_grad():
                 loss().backward()
             opt.step()
 
-        self.row(name, model, step, 3 * flop)
-
-    def row(self, name, model, call, flop, times=1):
-        """Time a call that is 1 / times of the thing. Memory: what comes on top of idle."""
-        peak_memory(self.device, reset=True)
-        with self.amp:
-            if self.gpu:
-                call()                                  # compiles
-            latency = times * seconds(call)
-        peak = (peak_memory(self.device) - self.idle) / 1e9
-        weights = sum(tensor.numel() for tensor in model.state_dict().values())
-        share = flop / self.product / latency
-        self.rows.append(dict(name=name, params=weights, tflop=flop / 1e12, latency_s=latency,
-                              peak_gb=peak, share=share))
-        print(f"{name:<38} {weights / 1e6:8.3f} {flop / 1e12:9.3f} {latency:11.4f} {peak:8.2f} "
-              f"{share:6.1%}", flush=True)
-
-
-def peak_memory(device, reset=False):
-    """Peak bytes since the last reset: of CUDA's allocator, or of this process on Linux, else 0."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")                       # VmHWM falls
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    except OSError:
-        return 0
+        self.row(name, step, flop)
 
 
 if __name__ == "__main__":

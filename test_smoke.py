@@ -5,6 +5,7 @@ skipped where that is absent.
 """
 import copy
 import dataclasses
+import gzip
 import json
 import math
 import multiprocessing
@@ -2820,14 +2821,14 @@ def test_film_ends_with_the_samples(run, lively, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "film_sheet", listen)
     out = run_sample(tmp_path, "--dit", lively, "--n", 2, "--film", "--sample-steps", 60)
     run_sample(tmp_path, "--dit", lively, "--n", 2, "--sample-steps", 60, "--mp4", 0)
-    assert len(seen) == 30 + 38                         # every second of 60 steps, then it holds
-    assert 40 < data.count_frames(out / "film.gif") <= 68                       # equal pictures in a row are one
+    assert len(seen) == 50 + 38                         # the walk, then it holds
+    assert 60 < data.count_frames(out / "film.gif") <= 88                       # equal pictures in a row are one
     dit = nerv_dit.load_dit(lively, "cpu")
     tokens = seen[-1][0] * dit.token_std + dit.token_mean
     kept = data.Videos.open(out / "samples.npy").tokens
     torch.testing.assert_close(tokens, torch.tensor(kept), rtol=1e-3, atol=1e-3)
     assert seen[0][2] == ["ball sliding", "ball pulsing"]
-    assert seen[29][1] == seen[-1][1] == 1
+    assert seen[48][1] < seen[49][1] == seen[-1][1] == 1
     assert (out / "film.gif").stat().st_size < 3e6
 
 
@@ -2917,6 +2918,7 @@ def of_folder(tmp_path_factory):
     for name in ("ape", "bee"):
         for group in (3, 11, 20):
             draw_clip(root / f"clips/{name}/v_x_g{group:02d}_c01.mp4")
+    (root / "clips/ape/broken.mp4").write_bytes(b"no video")
     settings = {**TINY, "dataset": "folder", "data_root": root / "clips", "split": "1-12", "workers": 0,
                 "flip": True, "lpips_weight": 0.0, "gan_weight": 0.0}
     vae = nerv_vae.main(["--out", f"{root}/vae", *flags(settings)])
@@ -3110,13 +3112,14 @@ def test_altered_nerv_files_are_refused(tmp_path, bits):
     """Catches a reader that crashes, believes a size or returns wrong tokens; half of the 400 have a true checksum."""
     rng = np.random.default_rng(0)
     path = tmp_path / "x.nerv"
-    blob = sample.pack_tokens(torch.randn(48), bits, vae_sha256="0" * 64, frames=4, resolution=32)
+    blob = sample.pack_tokens(torch.randn(48), bits, vae_sha256="0" * 64)
     stored = sample.unpack_tokens(blob)[1]
     refused = 0
     for i in range(400):
-        altered = mutate(rng, blob[:-4] if i % 2 else blob)
         if i % 2:
-            altered += sample.zlib.crc32(altered).to_bytes(4, "little")
+            altered = gzip.compress(mutate(rng, gzip.decompress(blob)))
+        else:
+            altered = mutate(rng, blob)
         path.write_bytes(altered)
         try:
             read = sample.read_nerv(path)[1]
@@ -3124,29 +3127,25 @@ def test_altered_nerv_files_are_refused(tmp_path, bits):
         except SystemExit as stop:
             refused += 1
             assert str(path) in str(stop.code) and "\n" not in str(stop.code)
-    assert refused > 200
+    assert refused > 150
 
 
 def test_a_nerv_file_takes_no_more_memory_than_it_may(tmp_path):
     """Catches a payload that unpacks to gigabytes, and sizes that are believed because the header says so."""
     path = tmp_path / "x.nerv"
-    coder = sample.zlib.compressobj(9, sample.zlib.DEFLATED, -15)
-    bomb = coder.compress(bytes(1 << 26)) + coder.flush()
-    sound = dict(count=7, bits=8, low=0, scale=1.0)
+    sound = dict(bits=8, low=0, scale=1.0)
     for change, payload, part in [
-            (dict(), bomb, "not numbers"),
-            (dict(count=1 << 60), bomb, "impossible"),
-            (dict(count=[7]), b"", "impossible"),
-            (dict(count=True), b"", "impossible"),
-            (dict(scale="x"), bomb, "x"),
-            (dict(), b"", "numbers")]:
+            (dict(), bytes(1 << 26), "larger than any"),
+            (dict(scale="x"), bytes(7), "TypeError"),
+            (dict(low=math.nan), bytes(7), "not numbers"),
+            (dict(scale=1e300), b"1234567", "not numbers"),
+            (dict(bits=32), b"12345", "size")]:
         head = json.dumps({**sound, **change}).encode()
-        lie = sample.MAGIC + len(head).to_bytes(4, "little") + head + payload
-        path.write_bytes(lie + sample.zlib.crc32(lie).to_bytes(4, "little"))
+        path.write_bytes(gzip.compress(head + b"\n" + payload))
         tracemalloc.start()
         with pytest.raises(SystemExit, match=part):
             sample.read_nerv(path)
-        assert tracemalloc.get_traced_memory()[1] < 2e6
+        assert tracemalloc.get_traced_memory()[1] < 2e7
         tracemalloc.stop()
 
 
@@ -3179,15 +3178,15 @@ def test_bench_runs(tmp_path, monkeypatch, capsys):
     about, *rows = json.loads((out / "bench.json").read_text())
     assert [row["name"].split(",")[0] for row in rows] == [
         "encode", "decode", "decode one clip", "one frame of 1280 x 720", "training step", "one pass of DiT",
-        "training step", "250 ddpm steps", "50 ddim steps"]
+        "training step", "2 DDPM steps"]
     named = {row["name"]: row for row in rows}
     plan = generative_nerv.layer_plan(nerv_vae.Config(**{**TINY, "model": "S"}))
     want = 4 * sum(map(generative_nerv.flops, plan))
     assert 1 <= named["decode"]["tflop"] * 1e12 / want < 1.05                   # and the heads
     pass_of_dit = named["one pass of DiT"]["tflop"]
     assert named["training step, stage 2"]["tflop"] == pytest.approx(3 * pass_of_dit)
-    assert named["50 ddim steps, guidance 2"]["tflop"] == pytest.approx(100 * pass_of_dit)
-    assert named["50 ddim steps, guidance 2"]["latency_s"] == 25 * 0.25 and about.startswith("S, 32 x 32")
+    assert named["2 DDPM steps, guidance 2"]["tflop"] == pytest.approx(4 * pass_of_dit)
+    assert named["2 DDPM steps, guidance 2"]["latency_s"] == 0.25 and about.startswith("S, 32 x 32")
 
 
 def test_sample_bad_input_is_one_line(run, by_image, tmp_path, monkeypatch):
@@ -3203,7 +3202,7 @@ def test_sample_bad_input_is_one_line(run, by_image, tmp_path, monkeypatch):
             (["--dit", run.dit, "--predict", clip], "--condition frames"),
             (["--dit", by_image, "--predict", clip], "no readable clip"),
             (["--vae", run.vae, "--compress", clip], "no readable clip"),
-            (["--vae", run.vae, "--decompress", clip], "no such file"),
+            (["--vae", run.vae, "--decompress", clip], "No such file"),
             (["--vae", run.vae, "--reconstruct", "--out", f"{run.vae}/x"], "cannot write")]:
         with pytest.raises(SystemExit) as stop:
             sample.main(["--out", str(tmp_path / "out"), *map(str, words)])
