@@ -692,8 +692,8 @@ class Table:
     def __init__(self, device, title):
         x = torch.randn(4096, 4096, device=device)
         name = f"{torch.get_num_threads()} CPU threads"
-        self.autocast = nerv_dit.autocast(x)
         self.gpu = x.is_cuda
+        self.autocast = torch.autocast(device.type, torch.bfloat16, self.gpu)
         if self.gpu:
             x = x.bfloat16()
             name = torch.cuda.get_device_name()
