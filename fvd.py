@@ -19,7 +19,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,12 +70,10 @@ def frechet_distance(a, b):
     It is biased upward by about c (1/n + 1/m).
 
     Shapes:  a (n, d), b (m, d) -> float
-    Raises:  ValueError for values that are not finite
+    Raises:  RuntimeError for values that are not finite
     Source:  paper (Sec. 4.1), FVD of arXiv 1812.01717
              choice (not said): float64 and singular values; float32 and matrix roots miss by tenths
     """
-    if not torch.cat([a, b]).isfinite().all():
-        raise ValueError("the network of --features gave values that are not finite")
     a = a.double()
     b = b.double()
     root_a = covariance_root(a)
@@ -110,8 +107,7 @@ def ssim(a, b):
     Source:  paper (Table A4), SSIM of Wang et al. 2004
              choice (not said): no padding, mean over red, green and blue
     """
-    x = (a.flatten(0, -3)[:, None].double() + 1) / 2                    # (n, 1, H, W) in [0, 1]
-    y = (b.flatten(0, -3)[:, None].double() + 1) / 2
+    x, y = [(side.flatten(0, -3)[:, None].double() + 1) / 2 for side in (a, b)]    # (n, 1, H, W), 0 to 1
     mean_x, mean_y, xx, yy, xy = map(blur, (x, y, x * x, y * y, x * y))
     product = mean_x * mean_y
     squares = mean_x ** 2 + mean_y ** 2
@@ -164,12 +160,15 @@ def random_features(video):
 def action_similarity(video, features, window):
     """Mean cosine between the features of every two windows of a clip. Shapes: (B, T, 3, R, R) -> (B, 1).
 
+    Raises:  ValueError where a clip has but one window
     Source:  paper (E.6, Table A10)
              departs (E.6 takes all windows, and C3D): ours overlap by half, as neighbours are nearly
              equal, and the features are those of --features, as the public C3D gives probabilities
     """
     windows = video.unfold(1, window, max(1, window // 2)).unbind(1)
     w = len(windows)
+    if w == 1:
+        raise ValueError("--action-similarity takes clips of 1.5 windows or more")
     total = 0
     for part in windows:                                                # (B, 3, R, R, window)
         total = total + F.normalize(features(part.movedim(-1, 1)), dim=-1)
@@ -232,14 +231,14 @@ def copied_clips(real, fake, of_real, of_fake, ask, cfg):
     The real side stands for what trained, mirrored too.
     """
     few = replace(cfg, n=256)
-    mirrored = ask(real, change=lambda video: video.flip(-1))
+    mirrored = measure(lambda video: ask(video.flip(-1)), real)
     # 0.05 is 32 dB.
-    noisy = ask(Side(real.dataset, few), change=lambda x: x + 0.05 * torch.randn_like(x))
+    noisy = measure(lambda x: ask(x + 0.05 * torch.randn_like(x)), Side(real.dataset, few))
     sets = {"generated": of_fake, "training, with noise": noisy}
     if not isinstance(real.dataset, Videos):
         held_out = Side(open_videos(cfg.real, cfg.split, cfg, held_out=True), few)
         if len(held_out):
-            sets["real, held out"] = ask(held_out)
+            sets["real, held out"] = measure(ask, held_out)
     rows = []
     for space in ("pixels", "features"):
         bank = torch.cat([of_real[space], mirrored[space]])             # (2n, k)
@@ -351,7 +350,7 @@ def entropy(p):
 
 # ------------------------------------------------------------------------------------------ the measurement
 
-NOTES = {                           # of the rows that are means of what `measure` found, or an IS
+NOTES = {                           # of the rows that are means of what is asked, or an IS
     "IS": "of I3D's 400 classes, one split",
     "IS-C3D": "of C3D's classes, first 16 frames, one split",
     "flickering": "VBench's formula, 1 for a still",
@@ -375,32 +374,37 @@ def compare(cfg):
     real, fake, cfg = open_sides(cfg)
     if cfg.novelty and cfg.tokens:
         rows += copied_tokens(fake, cfg)
-    name, network = load_features(cfg)
-    of_clip, of_pair = questions(cfg, network)
-    ask = partial(measure, of_clip, cfg.batch)
-    of_real = ask(real)
-    of_fake = ask(fake)
+    name, of_clip, of_pair = questions(cfg)
+    of_real = measure(of_clip, real)
+    of_fake = measure(of_clip, fake)
     rows += distance_rows(name, of_real["features"], of_fake["features"])
     found = {"real": of_real, "fake": of_fake}
-    if cfg.features == "i3d":
-        for values in found.values():
-            values["IS"] = values["features"].softmax(1)
     pair = real.settings.get("pair")
     if pair and pair == fake.settings.get("pair"):
-        found["pairs"] = measure(of_pair, cfg.batch, real, fake)
+        found["pairs"] = measure(of_pair, real, fake)
     for role, values in found.items():
         for what, note in NOTES.items():
             if what in values:
                 summary = inception_score if what.startswith("IS") else torch.mean
                 rows.append((f"{what} {role}", summary(values[what]), note))
     if cfg.novelty:
-        copies, picture = copied_clips(real, fake, of_real, of_fake, ask, cfg)
+        copies, picture = copied_clips(real, fake, of_real, of_fake, of_clip, cfg)
         rows += copies
     return rows, protocol_of(real, fake, cfg), picture
 
 
-def questions(cfg, network):
-    """What is asked of a clip (B, T, 3, R, R), and of a pair of clips: two {name: function -> (B, k)}."""
+def questions(cfg):
+    """What is asked of a clip, and of a pair of clips.
+
+    Shapes: -> name of the distance, two functions: one or two clips (B, T, 3, R, R) -> {name: (B, k)}
+    """
+    name, network = load_features(cfg)
+    lpips = None
+    if cfg.lpips_net != "none":
+        lpips = load_lpips(cfg.lpips_net, DEVICE)
+    if cfg.c3d:
+        c3d = load_torchscript(cfg.c3d)
+
     def features(video):
         size = cfg.fvd_resolution
         if size:
@@ -408,29 +412,35 @@ def questions(cfg, network):
             video = frames.unflatten(0, video.shape[:2])
         return network(video)
 
-    of_clip = dict(features=features, pixels=small_pixels, flickering=flickering)
-    of_pair = dict(PSNR=psnr, SSIM=ssim)
-    if cfg.c3d:
-        c3d = load_torchscript(cfg.c3d)
-        of_clip["IS-C3D"] = lambda video: c3d(to_bytes(video[:, :16]))
-    if cfg.lpips_net != "none":
-        distance = partial(lpips_distance, net=load_lpips(cfg.lpips_net, DEVICE))
-        of_clip["fLPIPS"] = lambda video: distance(video[:, 1:], video[:, :-1])
-        of_pair["LPIPS"] = distance
-    if cfg.action_similarity:
-        of_clip["action similarity"] = lambda video: action_similarity(
-            video, features, cfg.action_similarity)
-    return of_clip, of_pair
+    def of_clip(video):
+        found = dict(features=features(video), pixels=small_pixels(video))
+        found["flickering"] = flickering(video)
+        if cfg.features == "i3d":
+            found["IS"] = found["features"].softmax(1)
+        if cfg.c3d:
+            found["IS-C3D"] = c3d(to_bytes(video[:, :16]))
+        if lpips:
+            found["fLPIPS"] = lpips_distance(video[:, 1:], video[:, :-1], lpips)
+        if cfg.action_similarity:
+            found["action similarity"] = action_similarity(video, features, cfg.action_similarity)
+        return found
+
+    def of_pair(a, b):
+        found = dict(PSNR=psnr(a, b), SSIM=ssim(a, b))
+        if lpips:
+            found["LPIPS"] = lpips_distance(a, b, lpips)
+        return found
+
+    return name, of_clip, of_pair
 
 
-def measure(functions, batch, *sides, change=torch.clone):
-    """Read the sides in step, change them, keep what the functions say. Returns {name: (n, k)}."""
+def measure(ask, *sides):
+    """Read the sides in step and keep what `ask` finds. Returns {name: (n, k)}."""
     n = len(sides[0])
     kept = {}
-    for places in progress(torch.arange(n).split(batch)):
-        videos = [change(side.read(places)).to(DEVICE) for side in sides]
-        for name, function in functions.items():
-            value = function(*videos)
+    for places in progress(torch.arange(n).split(sides[0].cfg.batch)):
+        videos = [side.read(places).to(DEVICE) for side in sides]
+        for name, value in ask(*videos).items():
             # In place: small tensors that stay between large ones that go make memory grow.
             if name not in kept:
                 kept[name] = torch.empty(n, value.shape[1])
@@ -444,9 +454,7 @@ def distance_rows(name, real, fake):
     m = len(fake)
     half = n // 2
     floor = frechet_distance(real[:half], real[half:])
-    again = []
-    for _ in range(5):
-        again.append(frechet_distance(real, fake[torch.randint(m, (m,))]))
+    again = [frechet_distance(real, fake[torch.randint(m, (m,))]) for _ in range(5)]
     note = f"{n} real, {m} fake clips; fewer than {2 * d} bias it upward"
     return [
         (name, frechet_distance(real, fake), note),
@@ -466,7 +474,8 @@ def main(argv=None):
         rows, protocol, picture = compare(cfg)
     except (RuntimeError, TypeError, ValueError) as error:      # of a network, or memory is full
         reason = str(error).strip().split("\n")[-1]
-        raise SystemExit(f"not measured: {reason} (short of memory? lower --batch)") from error
+        raise SystemExit(f"not measured: {reason} (I3D takes 10 frames or more, others 3; short of "
+                         "memory? lower --batch)") from error
     try:
         for name, value, note in rows:
             print(f"{name:<50}{value:>12.5g}   {note}")
@@ -573,28 +582,20 @@ def open_sides(cfg):
     """Both sides, and cfg with what their clips on disk say. SystemExit for what cannot be measured."""
     real = open_clips(cfg.real, ("original.npy", "samples.npy"))
     fake = open_clips(cfg.fake, ("samples.npy", "reconstruction.npy"))
-    shapes = {}
-    for clips in (real, fake):
+    unsaid = dict(frames=16, stride=1, resolution=128)
+    for clips in (fake, real):                          # where both are on disk the real side decides
         if clips:
-            stride = clips.settings.get("stride", 1)
-            shapes[clips.path] = (clips.shape[1], stride, clips.shape[2])
-    longest = max(shapes.values(), default=(16, 1, 128))
-    for name, value in zip(("frames", "stride", "resolution"), longest):
-        if getattr(cfg, name) < 0:
-            cfg = replace(cfg, **{name: value})
-    for path, (frames, _, resolution) in shapes.items():
-        if frames < cfg.frames or resolution != cfg.resolution:
-            raise SystemExit(f"{path} has {frames} frames of {resolution} pixels, asked for are "
-                             f"{cfg.frames} of {cfg.resolution}; --frames may take fewer")
+            unsaid = dict(frames=clips.shape[1], stride=clips.settings.get("stride", 1),
+                          resolution=clips.shape[2])
+    cfg = replace(cfg, **{name: value for name, value in unsaid.items() if getattr(cfg, name) < 0})
+    for clips in (fake, real):
+        if clips and (clips.shape[1] < cfg.frames or clips.shape[2] != cfg.resolution):
+            raise SystemExit(f"{clips.path} has {clips.shape[1]} frames of {clips.shape[2]} pixels, "
+                             f"asked for are {cfg.frames} of {cfg.resolution}; --frames may take fewer")
     real = Side(real or open_videos(cfg.real, cfg.split, cfg), cfg)
     fake = Side(fake or open_videos(cfg.fake, "all", cfg), cfg)
     if min(len(real), len(fake)) < 4:
         raise SystemExit(f"{len(real)} real and {len(fake)} fake clips: 4 of each are the least")
-    least = 10 if cfg.features == "i3d" else 3
-    window = cfg.action_similarity
-    if cfg.frames < max(least, window * 3 // 2) or 0 < window < least:
-        raise SystemExit(f"--frames {cfg.frames}: I3D needs 10, other features 3, and "
-                         "--action-similarity windows of as many, and 1.5 windows")
     return real, fake, cfg
 
 
@@ -633,8 +634,8 @@ def open_tokens(path):
 
 def protocol_of(real, fake, cfg):
     """Everything that decides the numbers, {name: value}."""
-    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__)
-    protocol["resize"] = "shorter side, bilinear, antialias; centre crop; bytes; never mirrored"
+    resize = "shorter side, bilinear, antialias; centre crop; bytes; never mirrored"
+    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__, resize=resize)
     for role, side in (("real", real), ("fake", fake)):
         protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset)}"
         labels = side.dataset.labels[side.numbers]
