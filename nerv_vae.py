@@ -294,6 +294,7 @@ class NeRVVAE(nn.Module):
         mean, logvar = self.encoder(video)
         return mean * self.decoder.used, logvar
 
+    @torch.compiler.disable             # a convolution a video: compiling 16 of them takes minutes and gains nothing
     def decode(self, tokens, frame):
         """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1].
 
