@@ -11,8 +11,6 @@ A dataset is indexed by (video, seed): the seed alone says which frames, and whe
 import argparse
 import collections
 import contextlib
-import dataclasses
-import functools
 import hashlib
 import inspect
 import io
@@ -21,10 +19,10 @@ import math
 import os
 import re
 import sys
-import threading
 import unicodedata
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import av
@@ -42,7 +40,7 @@ except ImportError:
     fcntl = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of this file run as a program. Training has its own, with the same names."""
 
@@ -74,7 +72,7 @@ def draw_toy(rng, label, frames, resolution):
     """
     shape = SHAPES[label // 2]
     motion = MOTIONS[label % 2]
-    colour = ImageColor.getrgb(COLOURS[rng.integers(len(COLOURS))])
+    colour = ImageColor.getrgb(rng.choice(COLOURS))
     colour = np.array(colour) / 127.5 - 1
     ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, 3)    # dark grey, slightly tinted
     r = rng.uniform(0.44, 0.56)
@@ -92,16 +90,16 @@ def draw_toy(rng, label, frames, resolution):
     grid = (np.arange(resolution) + 0.5) * 2 / resolution - 1                       # (R,)
     x = grid - centre[:, 0, None, None]                                             # (T or 1, 1, R)
     y = centre[:, 1, None, None] - grid[:, None]                                    # (T or 1, R, 1), up
+    if shape == "pillar":           # a bar that stands
+        x, y = y, x
     if shape == "ball":             # signed distance to the outline: negative inside
         distance = np.hypot(x, y) - 0.8 * r
     elif shape == "ring":
         distance = abs(np.hypot(x, y) - 0.76 * r) - 0.24 * r
-    elif shape == "bar":
-        distance = np.maximum(abs(x) - r, abs(y) - 0.36 * r)
     else:
-        distance = np.maximum(abs(x) - 0.36 * r, abs(y) - r)
+        distance = np.maximum(abs(x) - r, abs(y) - 0.36 * r)
     cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]     # (T, 1, R, R); soft edges
-    video = cover * colour[:, None, None] + (1 - cover) * ground[:, None, None]
+    video = ground[:, None, None] + cover * (colour - ground)[:, None, None]
     return torch.from_numpy(video.astype(np.float32))                               # (T, 3, R, R)
 
 
@@ -118,24 +116,15 @@ class ToyVideos:
         self.cfg = cfg
         self.stream = int(held_out)
         self.labels = np.arange(TOY_VIDEOS) % len(self.classes)
-        self.lengths = np.full(TOY_VIDEOS, cfg.frames)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, key):
         i, _ = key                  # a toy video has no other frames to choose from
+        label = int(self.labels[i])
         rng = np.random.default_rng([self.cfg.seed, self.stream, i])
-        clip = draw_toy(rng, self.labels[i], self.cfg.frames, self.cfg.resolution)
-        return clip, int(self.labels[i])
-
-    def draw(self, i, rng):
-        """As `VideoFolder.draw`."""
-        return 0, 1, False
-
-    def whole(self, i, stop):
-        """As `VideoFolder.whole`."""
-        return torch.from_numpy(to_uint8(self[i, 0][0]))
+        return draw_toy(rng, label, self.cfg.frames, self.cfg.resolution), label
 
 
 # ------------------------------------------------------------------------------ videos of a folder
@@ -155,36 +144,32 @@ class VideoFolder:
     def __init__(self, cfg, held_out=False):
         self.cfg = cfg
         groups = split_groups(cfg.split)
-        root, found, left_out = find_videos(cfg)
-        index = scan(found, root, Path(cfg.out) / "index.json")
+        root, names, left_out = find_videos(cfg)
+        index_path = Path(cfg.out) / "index.json"
+        index = scan(root, names, index_path)
         span = (cfg.frames - 1) * max(cfg.stride, 1) + 1
-        train = []
-        others = []
-        for path in found:
-            if index[path]["frames"] < span:
-                left_out[f"unreadable or shorter than {span} frames"].append(path.name)
-            elif group_of(path, root) in groups:
-                train.append(path)
-            else:
-                others.append(path)
-        self.classes = sorted({class_of(path) for path in train})
-        for path in others:
-            if class_of(path) not in self.classes:
-                left_out["of a class that does not train"].append(class_of(path))
-        if left_out and not held_out:
-            told = [f"{len(n)} {why} {sorted(set(n))[:3]}" for why, n in left_out.items()]
-            print(f"{root}: left out {'; '.join(told)}; {cfg.out}/index.json has every video")
-        if not train:
-            raise SystemExit(f"--data-root {root}: of {len(found)} videos none is readable, has {span} "
+        classes = set()
+        for name in names:
+            if index[name]["frames"] >= span and group_of(name) in groups:
+                classes.add(class_of(root / name))
+        chosen = []
+        for name in names:
+            if index[name]["frames"] < span:
+                left_out[f"unreadable or shorter than {span} frames ({index_path})"].append(name)
+            elif class_of(root / name) not in classes:
+                left_out["of a class that does not train"].append(name)
+            elif held_out != (group_of(name) in groups):
+                chosen.append(name)
+        if not held_out:
+            for why, some in left_out.items():
+                print(f"{root}: left out {len(some)} {why}: {', '.join(some[:3])}")
+        if not classes:
+            raise SystemExit(f"--data-root {root}: of {len(names)} videos none is readable, has {span} "
                              f"frames and is in the groups of --split {cfg.split}; {TREE}")
-        self.files = train
-        if held_out:
-            self.files = [path for path in others if class_of(path) in self.classes]
-        labels = [self.classes.index(class_of(path)) for path in self.files]
-        lengths = [index[path]["frames"] for path in self.files]
-        self.labels = np.array(labels, dtype=np.int64)
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.keys = [index[path]["keys"] for path in self.files]
+        self.classes = sorted(classes)
+        self.files = [root / name for name in chosen]
+        self.found = [index[name] for name in chosen]
+        self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], int)
 
     def __len__(self):
         return len(self.files)
@@ -193,30 +178,32 @@ class VideoFolder:
         i, seed = key
         rng = np.random.default_rng(seed)
         for _ in range(10):         # a file that broke since the scan must not end a long run
-            start, stride, mirrored = self.draw(i, rng)
+            part, mirrored = self.draw(i, rng)
             try:
-                clip = read_clip(self.files[i], start, self.cfg.frames, stride,
-                                 self.cfg.resolution, self.keys[i])
-            except ValueError as error:
+                clip = from_uint8(self.read(i, part))
+                if mirrored:
+                    clip = clip.flip(-1)
+                return clip, int(self.labels[i])
+            except Unreadable as error:
                 print(f"skipping: {error}", file=sys.stderr)
                 problem = error
-                i = int(rng.integers(len(self)))    # its label comes along, so labels cannot shift
-                continue
-            if mirrored:
-                clip = clip.flip(-1)
-            return clip, int(self.labels[i])
-        raise Unreadable(f"ten videos in a row could not be read; the last: {problem}")
+            i = int(rng.integers(len(self)))    # its label comes along, so labels cannot shift
+        raise problem
 
     def draw(self, i, rng):
-        """Which clip of video i: its first frame, stride, and whether it is mirrored."""
+        """Which clip of video i: a slice of its frames, and whether it is mirrored."""
+        frames = self.found[i]["frames"]
         steps = self.cfg.frames - 1
-        stride = self.cfg.stride or int(self.lengths[i] - 1) // max(steps, 1)
-        start = int(rng.integers(self.lengths[i] - steps * stride))
-        return start, stride, self.cfg.flip and rng.random() < 0.5
+        stride = self.cfg.stride or max((frames - 1) // max(steps, 1), 1)
+        start = int(rng.integers(frames - steps * stride))
+        part = slice(start, start + self.cfg.frames * stride, stride)
+        return part, self.cfg.flip and rng.random() < 0.5
 
-    def whole(self, i, stop):
-        """Every frame of video i. Shapes: -> (n, R, R, 3) uint8. Raises: ValueError."""
-        return read_frames(self.files[i], range(self.lengths[i]), self.cfg.resolution, stop=stop)
+    def read(self, i, part=slice(None)):
+        """A slice of the frames of video i, all by default. Shapes: -> (n, R, R, 3) uint8."""
+        found = self.found[i]
+        indices = range(found["frames"])[part]
+        return read_frames(self.files[i], indices, self.cfg.resolution, found["keys"])
 
 
 def build_dataset(cfg, held_out=False):
@@ -237,72 +224,56 @@ def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
 
 
 class ClipsInMemory:
-    """A dataset whose videos are decoded once and kept, small and as bytes, on the training device.
+    """A folder's videos, decoded once and kept, small and as bytes, on the training device.
 
-    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,) on the CPU: the
-             clips that dataset[video, seed] gives, toy clips rounded to bytes
+    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,): the clips that
+             dataset[video, seed] gives
     Raises:  SystemExit in one line where memory is short, or a video broke since the scan
     """
 
     def __init__(self, dataset, device):
+        if not dataset.files:
+            raise SystemExit("toy clips are drawn, not decoded: give --no-in-memory")
         self.dataset = dataset
-        self.first = np.cumsum(dataset.lengths) - dataset.lengths       # row of a video's frame 0
-        R = dataset.cfg.resolution
-        shape = (int(dataset.lengths.sum()), R, R, 3)
-        need = math.prod(shape) / 1e9
+        need = sum(found["frames"] for found in dataset.found) * 3 * dataset.cfg.resolution ** 2 / 1e9
         room = free_memory(device) / 1e9
         print(f"{len(dataset)} videos take {need:.3f} GB of memory ({device}: {room:.1f} GB free)")
         if need > 0.8 * room:
             raise SystemExit("they do not fit: give --no-in-memory, or fewer videos")
-        self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        for _ in in_threads(self.load, range(len(dataset)), desc="decoding videos", unit="video"):
-            pass
-
-    def load(self, i, stop):
-        """Decode video i into its place."""
-        try:
-            video = self.dataset.whole(i, stop)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
-        self.pixels[self.first[i]:self.first[i] + len(video)] = video
+        self.videos = []
+        videos = in_threads(dataset.read, range(len(dataset)), desc="decoding videos", unit="video")
+        for video in videos:
+            self.videos.append(video.to(device))                                    # (n, R, R, 3)
 
     def batch(self, keys):
         """The clips of B (video, seed) keys, gathered, scaled and mirrored on the device."""
-        rows = []
-        flips = []
+        clips = []
         for i, seed in keys:
-            start, stride, mirrored = self.dataset.draw(i, np.random.default_rng(seed))
-            rows.append(self.first[i] + start + stride * np.arange(self.dataset.cfg.frames))
-            flips.append(mirrored)
-        video = self.pixels[torch.from_numpy(np.stack(rows)).to(self.pixels.device)]
-        flips = torch.tensor(flips, device=video.device)
-        video[flips] = video[flips].flip(-2)                                        # (B, T, R, R, 3)
-        labels = torch.from_numpy(self.dataset.labels[[i for i, _ in keys]])
-        return from_uint8(video), labels
+            part, mirrored = self.dataset.draw(i, np.random.default_rng(seed))
+            clip = self.videos[i][part]                                             # (T, R, R, 3)
+            if mirrored:
+                clip = clip.flip(-2)
+            clips.append(clip)
+        return from_uint8(torch.stack(clips)), self.dataset.labels[[i for i, _ in keys]]
 
 
 # ------------------------------------------------------------------------------ what tasks ask of clips
 
-def condition_video(video, kind, given=5):
+def condition_video(video, kind):
     """The clip that a conditional generator is shown, as long as the one it has to make.
 
     Shapes:  video (..., T, 3, R, R) -> the same; kind frames|image|edge
     Source:  paper (Sec. 4.3): the first 5 frames, then the 5th repeated
              choice (E.7 does not say how they are made): image: the first frame repeated,
-             edge: the Sobel magnitude of every frame
+             edge: how steep the grey of every frame is
     """
     if kind == "edge":
         grey = video.mean(-3, keepdim=True)                                         # (..., T, 1, R, R)
-        flat = grey.reshape(-1, 1, *grey.shape[-2:])
-        flat = F.pad(flat, (1, 1, 1, 1), mode="replicate")
-        sobel = torch.tensor([[1., 2, 1], [0, 0, 0], [-1, -2, -1]], device=video.device)
-        edges = F.conv2d(flat, torch.stack([sobel, sobel.T])[:, None])              # (.. * T, 2, R, R)
-        edges = edges.square().sum(1, keepdim=True).sqrt() / 2 - 1                  # no edge is black
-        return edges.clamp(-1, 1).reshape(grey.shape).expand_as(video).contiguous()
-    T = video.shape[-4]
-    if kind == "image":
-        given = 1
-    index = torch.arange(T).clamp(max=min(given, T) - 1)
+        down, right = torch.gradient(grey, dim=(-2, -1))
+        edges = 4 * torch.hypot(down, right) - 1                                    # no edge is black
+        return edges.clamp(max=1).repeat_interleave(3, -3)
+    given = 5 if kind == "frames" else 1
+    index = torch.arange(video.shape[-4]).clamp(max=given - 1)
     return video[..., index, :, :, :]
 
 
@@ -315,18 +286,17 @@ def degrade(video, kind):
              seventh cell of an 8 x 8 grid; they bring real clips of 256 x 256 near its input PSNR
     """
     R = video.shape[-1]
-    flat = video.flatten(0, -4)                                                     # (n, 3, R, R)
+    flat = video.reshape(-1, 1, R, R)                                               # (n, 1, R, R)
     if kind == "downsample":
         small = F.interpolate(flat, max(R // 22, 1), mode="bilinear", antialias=True)
         flat = F.interpolate(small, R, mode="bilinear")
     elif kind == "blur":
-        reach = max(R // 13, 1)
+        reach = R // 13 + 1
         offset = torch.arange(-reach, reach + 1, device=video.device)
         tap = torch.exp(-(offset * 40 / R) ** 2 / 2)
-        tap = (tap / tap.sum()).expand(3, 1, 1, -1)                                 # (3, 1, 1, taps)
+        tap = (tap / tap.sum()).view(1, 1, 1, -1)
         flat = F.pad(flat, [reach] * 4, mode="replicate")
-        flat = F.conv2d(flat, tap, groups=3)
-        flat = F.conv2d(flat, tap.transpose(2, 3), groups=3)
+        flat = F.conv2d(F.conv2d(flat, tap), tap.mT)
     elif kind == "inpaint":
         cell = torch.arange(R, device=video.device) * 8 // R
         hidden = (cell[:, None] * 2 + cell) % 7 == 0                    # (R, R): a knight's move apart
@@ -372,25 +342,24 @@ class Videos:
         self.path = Path(path)
         self.about_path = self.path.with_suffix(".json")
         self.tokens_path = self.path.with_suffix(".tokens.npy")
+        self.about = read_checked(self.about_path)
 
     @classmethod
     def create(cls, path, settings, classes):
         """Open for appending; goes on where the clips there have these settings and classes."""
         self = cls(path)
-        fresh = json.dumps(dict(settings=settings, classes=classes, labels=[], sha256={}))
-        self.about = json.loads(fresh)                  # as it will be read back
-        old = read_checked(self.about_path)
-        if old:
-            same = all(old[key] == self.about[key] for key in ("settings", "classes"))
-            if same and self.path.exists():
-                self.about = old
-        elif self.path.exists() or self.about_path.exists():
+        fresh = dict(settings=settings, classes=classes, labels=[], sha256={})
+        fresh = json.loads(json.dumps(fresh))           # as it will be read back
+        old = self.about
+        there = self.path.exists()
+        if not old and (there or self.about_path.exists()):
             raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
-        if not self.done:
+        if not there or {**old, "labels": [], "sha256": {}} != fresh or not self.done:
             with one_line(path):
                 self.path.unlink(missing_ok=True)       # others may still read what stood there
                 self.tokens_path.unlink(missing_ok=True)
-            write_checked(self.about_path, self.about)  # first: a disk that is full later leaves no stranger
+            self.about = fresh
+            write_checked(self.about_path, fresh)       # first: a disk that is full later leaves no stranger
         return self
 
     @property
@@ -405,35 +374,33 @@ class Videos:
             if tokens is not None:
                 append(self.tokens_path, tokens.float().cpu().numpy(), self.done)
         self.about["labels"] += [int(label) for label in labels]
-        self.about["sha256"] = {}
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
 
     def close(self):
         """Finish: the checksums by which `open` knows that all is there."""
-        if self.about["sha256"]:                        # finished before: those checksums stay
-            return
-        for path in (self.path, self.tokens_path):
-            if path.exists():
-                self.about["sha256"][path.name] = file_hash(path)
-        write_checked(self.about_path, self.about)
+        if not self.about["sha256"]:                    # finished before: those checksums stay
+            for path in (self.path, self.tokens_path):
+                if path.exists():
+                    self.about["sha256"][path.name] = file_hash(path)
+            write_checked(self.about_path, self.about)
 
     @classmethod
     def open(cls, path):
         """Open for reading, after everything was checked."""
         self = cls(path)
-        self.about = read_checked(self.about_path)
-        if not self.about or not self.about.get("sha256"):
+        if not self.about or not self.about["sha256"]:
             raise SystemExit(f"{path} is unfinished or its .json damaged: make the clips again")
-        self.tokens = None
+        arrays = {}
         try:
             for name, known in self.about["sha256"].items():
-                if file_hash(self.path.with_name(name)) != known:
+                file = self.path.with_name(name)
+                if file_hash(file) != known:
                     raise ValueError(f"{name} has changed")
-            self.pixels = np.load(self.path, mmap_mode="r")
-            if self.tokens_path.name in self.about["sha256"]:
-                self.tokens = np.load(self.tokens_path, mmap_mode="r")
+                arrays[file] = np.load(file, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise SystemExit(f"{path} is damaged ({error}); make the clips again") from error
+        self.pixels = arrays[self.path]
+        self.tokens = arrays.get(self.tokens_path)
         self.shape = self.pixels.shape
         self.settings = self.about["settings"]
         self.classes = self.about["classes"]
@@ -471,183 +438,168 @@ def parse_config(cls, presets, argv=None, dataset=None):
     KeyError on purpose: settings that nobody explained do not ship. Bad values exit with 2.
     """
     notes = dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.M))
-    about = inspect.cleandoc(sys.modules[cls.__module__].__doc__).split("\n")[0]
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=about,
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=inspect.getmodule(cls).__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s [--flag value ...]; --help lists the flags")
-    for field in dataclasses.fields(cls):
-        kind = {"type": field.type}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind,
-                            help=notes[field.name].replace("%", "%%") + " (default: %(default)s)")
+    for name, kind in cls.__annotations__.items():
+        how = dict(type=kind)
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(flag(name), default=getattr(cls, name), **how,
+                            help=f"{notes[name]} (default: %(default)s)")
     if dataset:
         parser.set_defaults(dataset=dataset)
     if presets:
         row = parser.parse_args(argv).dataset
         parser.set_defaults(**presets.get(row, {}))
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if not allowed(value, notes[name]):
-            parser.error(f"--{name.replace('_', '-')} {value!r}: {notes[name]}")
-    return cls(**values)
+    cfg = cls(**vars(parser.parse_args(argv)))
+    for name, note in notes.items():
+        value = getattr(cfg, name)
+        if not allowed(value, note):
+            parser.error(f"{flag(name)} {value!r}: {note}")
+    return cfg
+
+
+def flag(name):
+    """What a setting is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def allowed(value, note):
-    """Whether a setting is what the start of its comment allows; nan and inf never are."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    choices = re.match(r"([\w.]+(\|[\w.]+)+):", note)
-    if choices:
-        return str(value) in choices[1].split("|")
-    limits = re.match(r"(-?[\d.]*\d)\.\.(-?[\d.]*\d)?:", note)
-    if limits:
-        return float(limits[1]) <= value <= float(limits[2] or "inf")
+    """Whether a setting is what the start of its comment allows; nan and inf are in no range."""
+    rule = note.split(":")[0]
+    if "|" in rule:
+        return str(value) in rule.split("|")
+    if ".." in rule:
+        low, high = rule.split("..")
+        return float(low) <= value <= float(high or 1e300)
     return True
 
 
 # ------------------------------------------------------------------------------ finding videos
 
-SUFFIXES = {"." + suffix for suffix in (
-    "3gp asf avi f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv y4m").split()}
-LEAVINGS = {"__macosx", "@eadir", "$recycle.bin", "recycler", "lost+found", "#recycle", "@recycle",
-            "system volume information"}
+SUFFIXES = (".3gp .asf .avi .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob "
+            ".webm .wmv .y4m").split()
+LEAVINGS = ("__macosx|@eadir|$recycle.bin|recycler|lost+found|#recycle|@recycle|"
+            "system volume information").split("|")
 TREE = f"""a --data-root is expected to look like
     VIDEOS/
         ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi        one folder a class, any depth
-        Archery/v_Archery_g01_c01.avi                      {" ".join(sorted(s[1:] for s in SUFFIXES))}
+        Archery/v_Archery_g01_c01.avi                      {" ".join(SUFFIXES)}
     UCF-101 is UCF101.rar of https://www.crcv.ucf.edu/data/UCF101.php (`unrar x` or `bsdtar -xf`)"""
 
 
 def find_videos(cfg):
-    """Every video file of --data-root, links to folders followed.
+    """Every video file of --data-root, links to folders followed, no folder read twice.
 
-    Returns the root, the files in order, and what was left out: {why: [names]}
+    Returns the root, names of files below it in order, and what was left out: {why: [names]}
     """
-    root = Path(cfg.data_root)
-    found = []
+    root = Path(os.path.abspath(cfg.data_root))         # a class may be called after it
+    names = []
     left_out = collections.defaultdict(list)
     if not cfg.data_root or not root.exists():
         raise SystemExit(f"--data-root {cfg.data_root!r} is not there; {TREE}")
     if root.is_file():
-        return root.parent, [root], left_out
-
-    def walk(folder, above):
+        return root.parent, [root.name], left_out
+    folders = [root]                                    # grows on the way
+    seen = set()
+    for folder in folders:
         real = os.path.realpath(folder)
-        if real in above:                               # a link back to a folder that it lies in
-            return
-        if not os.access(folder, os.R_OK | os.X_OK):
-            left_out["folders that cannot be read"].append(folder.name)
-            return
+        if real in seen or not os.access(folder, os.R_OK | os.X_OK):
+            left_out["folders linked twice or unreadable"].append(folder.name)
+            continue
+        seen.add(real)
         ours = written(folder)
         for path in sorted(folder.iterdir()):
             name = path.name
-            if name in (".written", ".lock"):
-                continue
+            suffix = path.suffix.lower()
             if name.startswith(".") or name.casefold() in LEAVINGS:
                 left_out["hidden or left by a system"].append(name)
             elif os.path.isdir(path):
-                walk(path, above | {real})
+                folders.append(path)
             elif name in ours:
                 left_out["written by a run of ours"].append(name)
-            elif path.suffix.lower() in SUFFIXES:
-                found.append(path)
+            elif suffix in SUFFIXES:
+                names.append(str(path.relative_to(root)))
             elif not (folder / ".lock").exists():       # in a run's folder other files are expected
-                left_out[f"{path.suffix.lower() or 'other'} files"].append(name)
-
-    walk(root, frozenset())
-    return root, found, left_out
+                left_out[f"{suffix or 'other'} files"].append(name)
+    return root, sorted(names), left_out
 
 
 def class_of(path):
     """The class of a video: the name of its folder, on one line and in one Unicode form."""
-    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-    name = os.fsencode(name).decode("utf-8", "replace")
+    name = path.parent.name.encode(errors="replace").decode()
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
-def group_of(path, root):
+def group_of(name):
     """Group 1..25 of a video: from its UCF-101 name, else a hash of its path below the root."""
-    named = re.search(r"_g(0[1-9]|1[0-9]|2[0-5])_c[0-9][0-9]", path.name)
-    if named:
-        return int(named[1])
-    return 1 + zlib.crc32(os.fsencode(path.relative_to(root))) % 25
+    told = re.search(r"_g(0[1-9]|1[0-9]|2[0-5])_c[0-9][0-9][^/\\]*$", name)
+    if told:
+        return int(told[1])
+    return 1 + zlib.crc32(os.fsencode(name)) % 25
 
 
 def split_groups(split):
     """The groups that train: all, train (8-25), test (1-7) as UCF-101's split 1, or 1-19,23."""
-    named = {"all": "1-25", "train": "8-25", "test": "1-7"}.get(split, split)
+    named = {"all": "1-25", "train": "8-25", "test": "1-7"}
     groups = set()
-    for part in named.split(","):
+    for part in named.get(split, split).split(","):
         first, _, last = part.partition("-")
         last = last or first
-        numbers = re.fullmatch("[0-9]+ [0-9]+", f"{first} {last}")
-        if not numbers or not 1 <= int(first) <= int(last) <= 25:
+        digits = first.isdecimal() and last.isdecimal()
+        if not digits or not 1 <= int(first) <= int(last) <= 25:
             raise SystemExit(f"--split {split}: all, train, test or groups of 1-25 such as 1-19,23")
         groups.update(range(int(first), int(last) + 1))
     return groups
 
 
-def scan(files, root, index_path):
+def scan(root, names, index_path):
     """Look through every file once: how many frames decode, and where decoding may begin.
 
     What index.json knows is taken from there, where size and time of change agree.
-    Returns {path: dict(size, mtime, frames, keys, error)}; frames is 0 where it cannot be read
+    Returns {name: dict(size, mtime, frames, keys, error)}; frames is 0 where it cannot be read
     """
-    index = read_checked(index_path)
-    if index is None:
-        index = {}
-        if index_path.exists():                         # damaged, or somebody else's
-            with one_line(index_path):
-                index_path.replace(index_path.with_suffix(".old"))
+    before = read_checked(index_path) or {}
+    if not before and index_path.exists():              # damaged, or somebody else's
+        with one_line(index_path):
+            index_path.replace(index_path.with_suffix(".old"))
+    index = dict(before)
 
-    def look(path, stop):
+    def look(name):
         try:
-            state = dict(size=path.stat().st_size, mtime=path.stat().st_mtime)
-            old = index.get(str(path.relative_to(root)))
-            if old and old["keys"] and state.items() <= old.items():
-                return old
-            return state | survey(path, stop)
+            about = os.stat(root / name)
+            state = dict(size=about.st_size, mtime=about.st_mtime)
+            if state.items() <= before.get(name, {}).items():
+                return before[name]
+            return state | survey(root / name)
         except Exception as problem:                    # hostile files raise anything
             return dict(frames=0, keys=[], error=repr(problem))
 
-    fresh = {}
-    before = dict(index)
     try:
-        looks = in_threads(look, files, desc="scanning videos", unit="file")
-        for path, found in zip(files, looks):
-            fresh[path] = found
-            index[str(path.relative_to(root))] = found
-            if len(fresh) % 5000 == 0 and index != before:
-                write_checked(index_path, index)
+        looks = in_threads(look, names, desc="scanning videos", unit="file")
+        for name, found in zip(names, looks):
+            index[name] = found
     except KeyboardInterrupt:
         raise SystemExit("stopped while scanning videos; the next run goes on from here") from None
     finally:
         if index != before:
             write_checked(index_path, index)            # what it knows of another folder stays
-    return fresh
+    return index
 
 
 def in_threads(work, items, **bar):
-    """work(item, stop) of every item, in order, done by threads under a bar.
+    """work(item) of every item, in order, under a bar; the decoder releases the interpreter lock.
 
-    When the caller ends early, as by Ctrl-C, `stop` is set, and `decode` ends at its next packet
+    Ctrl-C does not wait for long films: these threads end with the process.
     """
-    stop = threading.Event()
-    pool = ThreadPoolExecutor()                         # the decoder releases the interpreter lock
-    try:
-        results = pool.map(functools.partial(work, stop=stop), items)
-        yield from progress(results, total=len(items), leave=False, **bar)
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+    with ThreadPool() as pool:
+        yield from progress(pool.imap(work, items), total=len(items), leave=False, **bar)
 
 
 # ------------------------------------------------------------------------------ exact seeking
 
-NEVER = threading.Event()
-
-
-def decode(path, damage, stamp=None, stop=NEVER):
+def decode(path, damage, stamp=None):
     """The frames of a video in order; with `stamp`, from the key frame that has this time stamp.
 
     A damaged packet costs its own frames, and is noted in the list `damage`.
@@ -671,7 +623,7 @@ def decode(path, damage, stamp=None, stop=NEVER):
         if stamp is not None:
             file.seek(stamp, stream=stream)
         packets = file.demux(stream)
-        while not stop.is_set():
+        while True:
             try:
                 frames = next(packets).decode()
             except StopIteration:
@@ -680,15 +632,14 @@ def decode(path, damage, stamp=None, stop=NEVER):
                 damage.append(f"{type(error).__name__}: {error}")
                 continue
             for frame in frames:
-                if stamp is None or frame.pts == stamp:
+                if stamp in (None, frame.pts):
                     stamp = None                        # the key frame is found: all from here on
                     # Once a file: a frame whose side data was asked for stays in memory for long.
                     show = show or (aspect, frame.side_data.get("DISPLAYMATRIX"))
                     yield frame, show
-        raise KeyboardInterrupt
 
 
-def survey(path, stop=NEVER):
+def survey(path):
     """Count the frames that really decode, as headers lie; list where decoding may begin.
 
     Returns dict(frames, keys, error): the count, [[frame index, time stamp]] of key frames at least
@@ -698,15 +649,14 @@ def survey(path, stop=NEVER):
     stamps = []
     keys = [[0, None]]
     damage = []
-    for k, (frame, _) in enumerate(decode(path, damage, stop=stop)):
+    for k, (frame, _) in enumerate(decode(path, damage)):
         stamps.append(frame.pts)
         if frame.key_frame and k >= keys[-1][0] + 8:    # nearer ones gain little
             keys.append([k, frame.pts])
     if not stamps:
         raise ValueError(f"no frame decodes {damage[:1]}")
     # With B-frames in avi stamps do not name frames; after damage numbers may depend on the start.
-    rising = None not in stamps and all(a < b for a, b in zip(stamps, stamps[1:]))
-    if damage or not rising:
+    if damage or stamps != sorted(set(stamps) - {None}):
         keys = keys[:1]
     return dict(frames=len(stamps), keys=keys, error="; ".join(damage[:3]))
 
@@ -716,11 +666,11 @@ def count_frames(path):
     return survey(path)["frames"]
 
 
-def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
+def read_frames(path, indices, resolution, keys=((0, None),)):
     """Frames `indices` (ascending) of a video, exactly; begins at the last of `keys` before them.
 
     Shapes:  -> (len(indices), R, R, 3) uint8; every frame is shrunk before the next is decoded
-    Raises:  ValueError when the file is unreadable or ends too early
+    Raises:  Unreadable, also where the file ends too early
     """
     problem = "it ends too early"
     scaler = VideoReformatter()                         # PyAV's own has threads, which no fork survives
@@ -729,20 +679,20 @@ def read_frames(path, indices, resolution, keys=((0, None),), stop=NEVER):
         try:
             pictures = []
             numbers = range(first, indices[-1] + 1)
-            for k, (frame, show) in zip(numbers, decode(path, [], stamp, stop)):
+            for k, (frame, show) in zip(numbers, decode(path, [], stamp)):
                 if k in indices:
                     pictures.append(shrink(upright(frame, *show, scaler), resolution))
             if len(pictures) == len(indices):
-                return torch.stack(pictures)
+                return torch.from_numpy(np.stack(pictures))
         except Exception as error:                      # hostile files raise anything
             problem = repr(error)
-    raise ValueError(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem} "
+    raise Unreadable(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem} "
                      f"(av {av.__version__}; 17.1 or later is needed)")
 
 
 def upright(frame, aspect, matrix, scaler):
     """A frame as a player shows it: square pixels, turned, mirrored. Shapes: -> (H, W, 3) uint8."""
-    width = max(round(frame.width * aspect), 1)
+    width = round(frame.width * aspect)
     image = scaler.reformat(frame, width=width, format="rgb24", threads=1).to_ndarray()
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]      # x' = a x + c y, y' = b x + d y
@@ -754,27 +704,26 @@ def upright(frame, aspect, matrix, scaler):
             image = image[:, ::-1]
         if d < 0:
             image = image[::-1]
-    return np.ascontiguousarray(image)
+    return image
 
 
 def shrink(image, resolution):
-    """Shorter side to R (bilinear, antialiased, whole levels), centre crop.
+    """The square in the centre, brought to R pixels a side (bilinear, antialiased, whole levels).
 
     Shapes:  (H, W, 3) uint8 -> (R, R, 3) uint8
     Source:  choice (the paper names only the size): antialias as LARP, whose protocol it follows
     """
-    x = torch.from_numpy(image).permute(2, 0, 1)[None]  # as uint8: float takes 4 times as long
-    h, w = image.shape[:2]
-    size = [round(side * resolution / min(h, w)) for side in (h, w)]
-    x = F.interpolate(x, size, mode="bilinear", antialias=True)
-    top = (size[0] - resolution) // 2
-    left = (size[1] - resolution) // 2
-    return x[0, :, top:top + resolution, left:left + resolution].permute(1, 2, 0)
+    H, W, _ = image.shape
+    side = min(H, W)
+    square = image[(H - side) // 2:, (W - side) // 2:][:side, :side].copy()
+    x = torch.from_numpy(square).permute(2, 0, 1)[None]  # as uint8: float takes 4 times as long
+    x = F.interpolate(x, resolution, mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).numpy()
 
 
 # ------------------------------------------------------------------------------ files and processes
 
-class Unreadable(SystemExit, Exception):
+class Unreadable(SystemExit, ValueError):
     """An end in one line, even when a loader process passes it on with a traceback for its text."""
 
     def __init__(self, told):
@@ -824,29 +773,21 @@ def append(path, rows, done):
 
     Ordinary writes: a full disk is an OSError, where a memory map would end the process with SIGBUS
     """
-    header = io.BytesIO()
-    about = np.lib.format.header_data_from_array_1_0(rows)
-    about["shape"] = (done + len(rows), *rows.shape[1:])
-    np.lib.format.write_array_header_1_0(header, about)             # of one length for any count
-    start = header.tell() + done * rows[0].nbytes
-    path.parent.mkdir(parents=True, exist_ok=True)
+    header = np.lib.format.header_data_from_array_1_0(rows)
+    header["shape"] = (done + len(rows), *rows.shape[1:])
     with open(path, "r+b" if done else "wb") as file:
-        if done and file.seek(0, os.SEEK_END) < start:
+        np.lib.format.write_array_header_1_0(file, header)          # of one length for any count
+        file.seek(done * rows[0].nbytes, os.SEEK_CUR)
+        if done and file.tell() > os.path.getsize(path):
             raise OSError("it is shorter than its .json says; move both away")
-        file.truncate(start)
-        file.seek(start)
+        file.truncate()
         file.write(rows.tobytes())
-        file.seek(0)
-        file.write(header.getvalue())
 
 
 def file_hash(path):
-    """sha256 of a file, read in blocks. Returns hex."""
-    digest = hashlib.sha256()
+    """sha256 of a file. Returns hex."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def written(folder):
@@ -894,8 +835,8 @@ def ranks():
     """(rank, world): which process this is, of how many, as torchrun says; (0, 1) without it."""
     rank = os.environ.get("RANK") or "0"
     world = os.environ.get("WORLD_SIZE") or "1"
-    whole = world == "1" or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
-    if not re.fullmatch("[0-9]+ [0-9]+", f"{rank} {world}") or int(rank) >= int(world) or not whole:
+    digits = rank.isdecimal() and world.isdecimal()
+    if not digits or int(rank) >= int(world):
         raise SystemExit(f"RANK={rank} WORLD_SIZE={world} is not as torchrun sets them: unset both")
     return int(rank), int(world)
 
@@ -903,13 +844,13 @@ def ranks():
 def alone(script):
     """One line and exit 1 where torchrun started several processes of a script that runs in one."""
     if ranks()[1] > 1:
-        raise SystemExit(f"{script} runs in one process; start it with python, not torchrun")
+        raise SystemExit(f"{script} runs in one process; start it with python, not torchrun (or unset WORLD_SIZE)")
 
 
 def progress(iterable=None, quiet=False, **settings):
     """A tqdm bar on a terminal; none in a log file, with `quiet` or where TQDM_DISABLE is set."""
-    silenced = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return tqdm(iterable, disable=quiet or silenced or not sys.stderr.isatty(), **settings)
+    quiet = quiet or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(iterable, disable=quiet or None, **settings)    # None: where there is no terminal
 
 
 def free_memory(device):

@@ -434,9 +434,9 @@ def unseen_clips(cfg, vae):
     about = replace(vae.cfg, flip=False, out=cfg.out, data_root=root)
     known = data.read_checked(vae.path.with_name("index.json"))
     if known:
-        root, files, _ = data.find_videos(about)
+        root, names, _ = data.find_videos(about)
         trained = {(name, file.get("size")) for name, file in known.items()}
-        here = {(str(path.relative_to(root)), os.path.getsize(path)) for path in files}
+        here = {(name, os.path.getsize(root / name)) for name in names}
         if not trained & here:
             return data.build_dataset(replace(about, split="all")), "unseen"
         about = replace(about, out=str(vae.path.parent))        # no need to look through them again
