@@ -135,7 +135,7 @@ class VideoFolder:
     A video belongs to a *group* 1..25: the `_gNN_` of a UCF-101 name (clips of one group are cut
     from one source video, so a split by clip leaks), else a hash of its name. `split` names the
     groups that train, the rest is held out. A class exists where a clip of it can train, and the
-    held-out videos have the same classes. What is left out is counted and named in one line.
+    held-out videos have the same classes. What is left out is counted and named.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     Raises:  SystemExit, with the expected tree where no video can be used
@@ -162,7 +162,7 @@ class VideoFolder:
                 chosen.append(name)
         if not held_out:
             for why, some in left_out.items():
-                print(f"{root}: left out {len(some)} {why}: {', '.join(some[:3])}")
+                print(f"{root}: left out {len(some)} {why}: {some[:3]}")
         if not classes:
             raise SystemExit(f"--data-root {root}: of {len(names)} videos none is readable, has {span} "
                              f"frames and is in the groups of --split {cfg.split}; {TREE}")
@@ -213,14 +213,13 @@ def build_dataset(cfg, held_out=False):
     return VideoFolder(cfg, held_out)
 
 
-def read_clip(path, start, frames, stride, resolution, keys=((0, None),)):
-    """T frames of a file from frame `start`, `stride` apart. `keys`: where decoding may begin.
+def read_clip(path, start, frames, stride, resolution):
+    """T frames of a file from frame `start`, `stride` apart.
 
     Shapes:  -> (T, 3, R, R) in [-1, 1]
-    Raises:  ValueError where they cannot be read
+    Raises:  Unreadable
     """
-    indices = range(start, start + frames * stride, stride)
-    return from_uint8(read_frames(path, indices, resolution, keys))
+    return from_uint8(read_frames(path, range(start, start + frames * stride, stride), resolution))
 
 
 class ClipsInMemory:
@@ -240,10 +239,8 @@ class ClipsInMemory:
         print(f"{len(dataset)} videos take {need:.3f} GB of memory ({device}: {room:.1f} GB free)")
         if need > 0.8 * room:
             raise SystemExit("they do not fit: give --no-in-memory, or fewer videos")
-        self.videos = []
-        videos = in_threads(dataset.read, range(len(dataset)), desc="decoding videos", unit="video")
-        for video in videos:
-            self.videos.append(video.to(device))                                    # (n, R, R, 3)
+        videos = in_threads(dataset.read, range(len(dataset)), desc="decoding videos")
+        self.videos = [video.to(device) for video in videos]                        # (n, R, R, 3) each
 
     def batch(self, keys):
         """The clips of B (video, seed) keys, gathered, scaled and mirrored on the device."""
@@ -354,10 +351,7 @@ class Videos:
         there = self.path.exists()
         if not old and (there or self.about_path.exists()):
             raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
-        if not there or {**old, "labels": [], "sha256": {}} != fresh or not self.done:
-            with one_line(path):
-                self.path.unlink(missing_ok=True)       # others may still read what stood there
-                self.tokens_path.unlink(missing_ok=True)
+        if not there or {**old, "labels": [], "sha256": {}} != fresh:
             self.about = fresh
             write_checked(self.about_path, fresh)       # first: a disk that is full later leaves no stranger
         return self
@@ -445,7 +439,7 @@ def parse_config(cls, presets, argv=None, dataset=None):
         how = dict(type=kind)
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument(flag(name), default=getattr(cls, name), **how,
+        parser.add_argument(f"--{name.replace('_', '-')}", default=getattr(cls, name), **how,
                             help=f"{notes[name]} (default: %(default)s)")
     if dataset:
         parser.set_defaults(dataset=dataset)
@@ -456,13 +450,8 @@ def parse_config(cls, presets, argv=None, dataset=None):
     for name, note in notes.items():
         value = getattr(cfg, name)
         if not allowed(value, note):
-            parser.error(f"{flag(name)} {value!r}: {note}")
+            parser.error(f"--{name.replace('_', '-')} {value!r}: {note}")
     return cfg
-
-
-def flag(name):
-    """What a setting is called on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def allowed(value, note):
@@ -514,15 +503,18 @@ def find_videos(cfg):
             name = path.name
             suffix = path.suffix.lower()
             if name.startswith(".") or name.casefold() in LEAVINGS:
-                left_out["hidden or left by a system"].append(name)
+                why = "hidden or left by a system"
             elif os.path.isdir(path):
                 folders.append(path)
+                continue
             elif name in ours:
-                left_out["written by a run of ours"].append(name)
+                why = "written by a run of ours"
             elif suffix in SUFFIXES:
                 names.append(str(path.relative_to(root)))
-            elif not (folder / ".lock").exists():       # in a run's folder other files are expected
-                left_out[f"{suffix or 'other'} files"].append(name)
+                continue
+            else:
+                why = f"{suffix or 'other'} files"
+            left_out[why].append(name)
     return root, sorted(names), left_out
 
 
@@ -577,7 +569,7 @@ def scan(root, names, index_path):
             return dict(frames=0, keys=[], error=repr(problem))
 
     try:
-        looks = in_threads(look, names, desc="scanning videos", unit="file")
+        looks = in_threads(look, names, desc="scanning videos")
         for name, found in zip(names, looks):
             index[name] = found
     except KeyboardInterrupt:
@@ -775,6 +767,8 @@ def append(path, rows, done):
     """
     header = np.lib.format.header_data_from_array_1_0(rows)
     header["shape"] = (done + len(rows), *rows.shape[1:])
+    if not done:
+        path.unlink(missing_ok=True)                    # others may still read what stood there
     with open(path, "r+b" if done else "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)          # of one length for any count
         file.seek(done * rows[0].nbytes, os.SEEK_CUR)
@@ -909,8 +903,8 @@ def tile(videos, columns, labels=()):
 def save_video(path, video, fps=8):
     """Write one video as mp4 or gif, or its first frame as png, by the suffix; for eyes only.
 
-    Small frames are enlarged to 128 pixels; mp4 loses the last row or column of odd ones.
-    Shapes:  video (T, 3, H, W) in [-1, 1]
+    Small frames are enlarged to 128 pixels.
+    Shapes:  video (T, 3, H, W) in [-1, 1]; mp4 takes even sides
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
     path = Path(path)
@@ -920,8 +914,6 @@ def save_video(path, video, fps=8):
     elif path.suffix == ".png":
         blob = iio.imwrite("<bytes>", frames[0], extension=".png")
     else:
-        _, H, W, _ = frames.shape
-        frames = frames[:, :H // 2 * 2, :W // 2 * 2]
         blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264",
                            fps=fps, in_pixel_format="rgb24")
     write_ours(path, blob)
