@@ -148,25 +148,22 @@ class VideoFolder:
         index_path = Path(cfg.out) / "index.json"
         index = scan(root, names, index_path)
         span = (cfg.frames - 1) * max(cfg.stride, 1) + 1
-        classes = set()
-        for name in names:
-            if index[name]["frames"] >= span and group_of(name) in groups:
-                classes.add(class_of(root / name))
+        self.classes = sorted({class_of(root / name) for name in names
+                               if index[name]["frames"] >= span and group_of(name) in groups})
         chosen = []
         for name in names:
             if index[name]["frames"] < span:
                 left_out[f"unreadable or shorter than {span} frames ({index_path})"].append(name)
-            elif class_of(root / name) not in classes:
+            elif class_of(root / name) not in self.classes:
                 left_out["of a class that does not train"].append(name)
             elif held_out != (group_of(name) in groups):
                 chosen.append(name)
         if not held_out:
             for why, some in left_out.items():
                 print(f"{root}: left out {len(some)} {why}: {some[:3]}")
-        if not classes:
+        if not self.classes:
             raise SystemExit(f"--data-root {root}: of {len(names)} videos none is readable, has {span} "
                              f"frames and is in the groups of --split {cfg.split}; {TREE}")
-        self.classes = sorted(classes)
         self.files = [root / name for name in chosen]
         self.found = [index[name] for name in chosen]
         self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], int)
@@ -604,8 +601,6 @@ def decode(path, damage, stamp=None):
     # Names may hold colons and files may name addresses: both stay local files.
     with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
         stream = file.streams.best("video")             # as players choose: no cover picture
-        if stream is None:
-            raise ValueError("no film in it")
         stream.codec_context.options = {"max_pixels": str(2 ** 25)}     # 8K: damaged headers lie
         stream.codec_context.thread_count = 1           # files are read side by side already
         aspect = stream.sample_aspect_ratio or 1
@@ -787,7 +782,7 @@ def file_hash(path):
 def written(folder):
     """Names of the files in a folder that `write_ours` wrote, in this order."""
     try:
-        return (Path(folder) / ".written").read_text(encoding="utf-8").split("\n")
+        return (folder / ".written").read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError):
         return []
 
@@ -907,7 +902,6 @@ def save_video(path, video, fps=8):
     Shapes:  video (T, 3, H, W) in [-1, 1]; mp4 takes even sides
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
-    path = Path(path)
     frames = to_uint8(enlarge(video, 128))                                          # (T, H, W, 3)
     if path.suffix == ".gif":
         blob = to_gif(frames, fps)
@@ -931,9 +925,7 @@ def to_gif(frames, fps):
     delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
     some = Image.fromarray(np.concatenate(frames[:, ::4, ::4]))
     palette = some.quantize(255)
-    pictures = []
-    for frame in frames[::step]:
-        pictures.append(Image.fromarray(frame).quantize(palette=palette, dither=0))
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames[::step]]
     file = io.BytesIO()
     pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:],
                      duration=delays.tolist(), loop=0)
