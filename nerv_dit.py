@@ -291,7 +291,9 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     levels = torch.cat([noise_schedule()[:, times], data], 1)           # (2, steps+1)
     times = times.to(noise.device)
     if sampler == "ddpm":
-        fresh = noise_of_steps(noise, steps, seed)                      # (steps, B, N, d)
+        first = 2 ** 31 + seed                          # far from the seeds of the starting noise
+        fresh = noise_of(range(first, first + len(noise)), (steps, *noise.shape[1:]))
+        fresh = fresh.to(noise.device)                                  # (B, steps, N, d)
     guided = guidance != 1 and model.by_class
     if guided:
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): the class, no class
@@ -309,7 +311,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
         alpha, sigma = levels[:, i]
         guess = (z - sigma * eps) / alpha               # the tokens that eps implies
         if sampler == "ddpm":
-            z = ancestral_step(z, eps, levels[:, i], levels[:, i + 1], fresh[i])
+            z = ancestral_step(z, eps, levels[:, i], levels[:, i + 1], fresh[:, i])
         else:
             alpha, sigma = levels[:, i + 1]
             z = alpha * guess + sigma * eps
@@ -441,24 +443,20 @@ class LatteBlock(DiTBlock):
         return y.transpose(1, self.axis).flatten(1, 2)                  # (B, L, dim)
 
 
-def noise_of_steps(noise, steps, seed):
-    """Fresh noise for every step, drawn before the walk, which then never waits for the CPU.
-
-    2^31 keeps the seeds apart from those of the starting noise. Shapes: noise (B, N, d) -> (steps, B, N, d)
-    """
-    fresh = []
-    for i in range(len(noise)):
-        generator = torch.Generator().manual_seed(2 ** 31 + seed + i)
-        fresh.append(torch.randn(steps, *noise.shape[1:], generator=generator))
-    return torch.stack(fresh, 1).to(noise.device)
+def noise_of(videos, shape):
+    """Noise of each video, which follows from its number alone. Shapes: B numbers -> (B, *shape)."""
+    noise = []
+    for number in videos:
+        generator = torch.Generator().manual_seed(number)
+        noise.append(torch.randn(shape, generator=generator))
+    return torch.stack(noise)
 
 
 def draw_samples(model, vae, cache, labels, classes, run):
     """A picture of 16 samples, of conditions from all over the cache."""
     cfg = run.cfg
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(cache), (16,), generator=generator)
-    noise = torch.randn(16, *cache.shape[2:], generator=generator)
+    rows = np.random.default_rng(0).integers(len(cache), size=16)
+    noise = noise_of(range(16), cache.shape[2:])                        # (16, N, d)
     cond = labels[rows]                                                 # (16,)
     if cfg.by_tokens:
         cond = torch.from_numpy(cache[rows, 2]).float()                 # (16, N, d)

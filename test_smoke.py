@@ -636,8 +636,8 @@ def test_a_video_does_not_depend_on_its_batch():
         cond = torch.zeros(last - first, dtype=torch.long)
         walks.append(nerv_dit.sample_tokens(model, cond, noise[first:last], "ddpm", 10, seed=first))
     torch.testing.assert_close(walks[0], torch.cat(walks[1:]))
-    fresh = nerv_dit.noise_of_steps(noise, 10, 0)                       # (10, 3, 4, 8)
-    assert torch.pdist(torch.cat([noise[None], fresh]).flatten(0, 1).flatten(1)).min() > 1
+    fresh = nerv_dit.noise_of(range(2 ** 31, 2 ** 31 + 3), (10, 4, 8))  # (3, 10, 4, 8)
+    assert torch.pdist(torch.cat([noise[:, None], fresh], 1).flatten(0, 1).flatten(1)).min() > 1
 
 
 def awake(condition="class", **settings):
@@ -669,7 +669,7 @@ def test_steering_made_ahead_is_a_plain_loop(condition, guidance, sampler, backb
         noise = torch.randn(batch, 6, 8)
         cond = given[:batch] if condition == "edge" else labels[:batch]
         z = noise
-        fresh = nerv_dit.noise_of_steps(noise, 13, 5)
+        fresh = nerv_dit.noise_of(range(2 ** 31 + 5, 2 ** 31 + 5 + batch), (13, 6, 8))
         for i in range(13):
             a, a2 = alpha[i:i + 2]
             s, s2 = sigma[i:i + 2]
@@ -679,7 +679,7 @@ def test_steering_made_ahead_is_a_plain_loop(condition, guidance, sampler, backb
                 none = model(z, t, torch.full_like(cond, 3))
                 eps = none + guidance * (eps - none)
             if sampler == "ddpm":
-                z = nerv_dit.ancestral_step(z, eps, (a, s), (a2, s2), fresh[i])
+                z = nerv_dit.ancestral_step(z, eps, (a, s), (a2, s2), fresh[:, i])
             else:
                 z = a2 * (z - s * eps) / a + s2 * eps
         z = z * model.token_std + model.token_mean
