@@ -107,7 +107,8 @@ def ssim(a, b):
     Source:  paper (Table A4), SSIM of Wang et al. 2004
              choice (not said): no padding, mean over red, green and blue
     """
-    x, y = [(side.flatten(0, -3)[:, None].double() + 1) / 2 for side in (a, b)]    # (n, 1, H, W), 0 to 1
+    # (n, 1, H, W) each, in [0, 1]
+    x, y = [(side.flatten(0, -3)[:, None].double() + 1) / 2 for side in (a, b)]
     mean_x, mean_y, xx, yy, xy = map(blur, (x, y, x * x, y * y, x * y))
     product = mean_x * mean_y
     squares = mean_x ** 2 + mean_y ** 2
@@ -232,7 +233,7 @@ def copied_clips(real, fake, of_real, of_fake, ask, cfg):
     """
     few = replace(cfg, n=256)
     mirrored = measure(lambda video: ask(video.flip(-1)), real)
-    # 0.05 is 32 dB.
+    # Training clips with noise of 0.05, which is 32 dB: copies that are not exact.
     noisy = measure(lambda x: ask(x + 0.05 * torch.randn_like(x)), Side(real.dataset, few))
     sets = {"generated": of_fake, "training, with noise": noisy}
     if not isinstance(real.dataset, Videos):
