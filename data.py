@@ -344,11 +344,10 @@ class Videos:
         self = cls(path)
         fresh = dict(settings=settings, classes=classes, labels=[], sha256={})
         fresh = json.loads(json.dumps(fresh))           # as it will be read back
-        old = self.about
         there = self.path.exists()
-        if not old and (there or self.about_path.exists()):
+        if not self.about and (there or self.about_path.exists()):
             raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
-        if not there or {**old, "labels": [], "sha256": {}} != fresh:
+        if not there or {**self.about, "labels": [], "sha256": {}} != fresh:
             self.about = fresh
             write_checked(self.about_path, fresh)       # first: a disk that is full later leaves no stranger
         return self
@@ -680,7 +679,7 @@ def read_frames(path, indices, resolution, keys=((0, None),)):
 def upright(frame, aspect, matrix, scaler):
     """A frame as a player shows it: square pixels, turned, mirrored. Shapes: -> (H, W, 3) uint8."""
     width = round(frame.width * aspect)
-    image = scaler.reformat(frame, width=width, format="rgb24", threads=1).to_ndarray()
+    image = scaler.reformat(frame, width, format="rgb24", threads=1).to_ndarray()
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]      # x' = a x + c y, y' = b x + d y
         if abs(a) < abs(b):                             # a quarter turn
