@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,9 +98,10 @@ def generate(cfg, out, vae, dit):
                     condition=asked.condition, dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
     path = out / "samples.npy"
     store = Videos.create(path, settings, asked.classes)
-    batches = range(store.done, cfg.n, cfg.batch)
+    k = cfg.batch or 16
+    batches = range(store.done, cfg.n, k)
     for first in data.progress(batches, desc="generating", unit="batch"):
-        last = min(first + cfg.batch, cfg.n)
+        last = min(first + k, cfg.n)
         tokens = sample_tokens(dit, asked.told(first, last), **start(cfg, dit, first, last))
         store.add(vae.play(tokens, frame), asked.labels[first:last], tokens)
     store.close()
@@ -247,9 +247,9 @@ def export(cfg, out, vae, dit):
     """The averaged weights of both stages in half precision, without optimizers: to hand on."""
     vae_path = Path(f"{cfg.export}-vae.pt")
     dit_path = Path(f"{cfg.export}-dit.pt")
-    write_half(vae_path, vae, config=asdict(vae.cfg), classes=vae.classes, made_by=nerv_vae.MADE_BY)
-    write_half(dit_path, dit, config=asdict(replace(dit.cfg, vae=str(vae_path))),
-               classes=dit.class_names, made_by=nerv_dit.MADE_BY,
+    write_half(vae_path, vae, classes=vae.classes, made_by=nerv_vae.MADE_BY)
+    dit.cfg = replace(dit.cfg, vae=str(vae_path))
+    write_half(dit_path, dit, classes=dit.class_names, made_by=nerv_dit.MADE_BY,
                tokens=list(dit.token_mean.shape), vae_sha256=data.file_hash(vae_path))
     print(f"wrote {vae_path} and {dit_path}; use them with --weights {cfg.export}")
 
@@ -259,13 +259,14 @@ def bench(cfg, out, vae, dit):
 
     Source:  paper (Tables A2, A3, E.16), and one training step of each stage
              departs (E.1 averages 100 calls): the median of what fits into 3 seconds; no LPIPS, no
-             GAN; bfloat16, torch.compile, memory and all 250 DDPM steps on CUDA only
+             GAN, no weights of the loss; bfloat16, torch.compile, memory and all 250 steps on CUDA
+             only
     """
     device = nerv_vae.pick_device(cfg.device)
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
     dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
-    B = cfg.batch
+    B = cfg.batch or 1
     R = c.resolution
     table = Table(device, f"{c.model}, {R} x {R}, batch {B}")
     with device:
@@ -275,7 +276,6 @@ def bench(cfg, out, vae, dit):
         t = torch.full((B,), 500)
         cond = torch.zeros_like(t)
     vae = nerv_vae.NeRVVAE(c).to(device).eval()
-    schedule = nerv_dit.noise_schedule(device)
     net = vae.decoder.instantiate(z[0])
     cell = R // c.pe_size                               # convolutions do not mind the grid's size
     wide = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]    # (1, 48, 45, 80)
@@ -283,10 +283,10 @@ def bench(cfg, out, vae, dit):
 
     def stage1():
         recon, mean, logvar = vae(video, frame, z)
-        return F.mse_loss(recon, video) + nerv_vae.kl_divergence(mean, logvar).mean()
+        return (recon - video).square().mean() + nerv_vae.kl_divergence(mean, logvar).mean()
 
     def stage2():
-        return nerv_dit.diffusion_loss(dit, z, z[None], t, cond, schedule, dc.min_snr_gamma)
+        return (dit(z, t, cond) - z).square().mean()
 
     encoding = table.row("encode", lambda: vae.encoder(video))
     decoding = table.row("decode", lambda: vae.decoder(z, frame))
@@ -322,8 +322,6 @@ def main(argv=None):
         modes.insert(0, generate)
     if cfg.bench:
         modes = [bench]                                 # alone, or it would time the rest
-    if cfg.batch == 0:
-        cfg = replace(cfg, batch=1 if cfg.bench else 16)
     with data.claim(cfg.out):
         vae, dit = load(cfg, modes)
         try:
@@ -484,16 +482,12 @@ def load(cfg, modes):
 
 def how_to_sample(cfg, dit):
     """Sampler, steps and guidance: the flags', else those that the DiT was configured with."""
-    how = dict(sampler=cfg.sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
-               guidance=cfg.guidance or dit.cfg.guidance)
-    if cfg.sampler == "auto":
-        how["sampler"] = dit.cfg.sampler
-    if dit.cfg.condition != "class" or dit.classes == 1:
-        if cfg.classes or cfg.guidance not in (0, 1):
-            raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
-                             "--classes and --guidance")
-        how["guidance"] = 1.0
-    return how
+    if not dit.by_class and (cfg.classes or cfg.guidance not in (0, 1)):
+        raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
+                         "--classes and --guidance")
+    sampler = dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler
+    return dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
+                guidance=cfg.guidance or dit.cfg.guidance)
 
 
 def ready_to_sample(dit, cfg, device):
@@ -510,7 +504,7 @@ def ready_to_sample(dit, cfg, device):
 
 def write_half(path, model, **about):
     """A checkpoint of a model's weights as float16, with what its stage needs to load it."""
-    about.update(step=model.step, ema=model.half().state_dict())
+    about.update(config=asdict(model.cfg), step=model.step, ema=model.half().state_dict())
     if not nerv_vae.save_checkpoint(path, about):
         raise SystemExit(f"could not write {path}")
 
