@@ -38,7 +38,7 @@ import data
 import nerv_dit
 import nerv_vae
 from data import Videos, save_video, tile
-from generative_nerv import positional_embedding, render
+from generative_nerv import embed, render
 from nerv_dit import denoise_steps, sample_tokens
 
 
@@ -93,17 +93,17 @@ def generate(cfg, out, vae, dit):
     Source:  paper (Tables A9, A10, E.3): 16 frames trained at stride 8, 128 decoded
     """
     frame = torch.arange(vae.cfg.frames * cfg.long) / cfg.long
-    asked = Asked(cfg, vae, dit, cfg.n)
+    condition, classes, labels, told = asked(cfg, vae, dit, cfg.n)
     settings = dict(clip_settings(vae, cfg.long), n=cfg.n, seed=cfg.seed, asked=cfg.classes,
-                    condition=asked.condition, dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
+                    condition=condition, dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
     path = out / "samples.npy"
-    store = Videos.create(path, settings, asked.classes)
+    store = Videos.create(path, settings, classes)
     k = cfg.batch or 16
     batches = range(store.done, cfg.n, k)
     for first in data.progress(batches, desc="generating", unit="batch"):
-        last = min(first + k, cfg.n)
-        tokens = sample_tokens(dit, asked.told(first, last), **start(cfg, dit, first, last))
-        store.add(vae.play(tokens, frame), asked.labels[first:last], tokens)
+        cond = told[first:first + k]                                            # (k,) or (k, N, d)
+        tokens = sample_tokens(dit, cond, **start(cfg, dit, first, len(cond)))  # (k, N, d)
+        store.add(vae.play(tokens, frame), labels[first:first + k], tokens)
     store.close()
     show_samples(cfg, out, Videos.open(path))
 
@@ -150,7 +150,7 @@ def predict(cfg, out, vae, dit):
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
     told = vae.encode(shown[None].to(vae.device))[0]                  # (1, N, d)
     told = told.expand(cfg.n, -1, -1)
-    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))              # (n, N, d)
+    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))        # (n, N, d)
     videos = torch.cat([clip[None], shown[None], vae.play(tokens)])             # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
     show(cfg, out, "predict", videos, 6, names)
@@ -159,14 +159,15 @@ def predict(cfg, out, vae, dit):
 def reconstruct(cfg, out, vae, dit):
     """Clips that did not train and what comes back: original.npy and reconstruction.npy, a pair."""
     clips, which = unseen_clips(cfg, vae)
-    chosen = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n]    # one clip a video
+    order = np.random.default_rng(cfg.seed).permutation(len(clips))
+    chosen = order[:cfg.n].tolist()                     # one clip of each
     settings = dict(clip_settings(vae), which=which, seed=cfg.seed,
                     pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
     a = Videos.create(out / "original.npy", settings, clips.classes)
     b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
     todo = range(min(a.done, b.done), len(chosen))
     for i in data.progress(todo, desc="reconstructing", unit="clip"):
-        video, label = clips[int(chosen[i]), i]                                 # (T, 3, R, R)
+        video, label = clips[chosen[i], i]                                      # (T, 3, R, R)
         given = data.degrade(video[None].to(vae.device), vae.cfg.degrade)       # (1, T, 3, R, R)
         if a.done == i:                                 # a stop between the two leaves one ahead
             a.add(video[None], [label])
@@ -186,8 +187,6 @@ def reconstruct(cfg, out, vae, dit):
 def compress(cfg, out, vae, dit):
     """A video's first clip as a .nerv file; prints what each number of bits costs and keeps."""
     tokens, clip = file_tokens(cfg.compress, vae)                        # (N, d), (T, 3, R, R)
-    if not tokens.isfinite().all():
-        raise SystemExit(f"the tokens of {cfg.compress} are not finite; train the tokenizer again")
     path = out / (Path(cfg.compress).stem + ".nerv")
     pixels = clip[:, 0].numel()
     videos = [clip]
@@ -215,9 +214,9 @@ def decompress(cfg, out, vae, dit):
                          f"sha256 starts {made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one "
                          "with --vae")
     video = play_numbers(numbers, vae)                                       # (T, 3, R, R)
-    path = out / Path(cfg.decompress).name       # clip.nerv.mp4: clip.mp4 is the original's
-    for suffix in (".mp4", ".gif"):
-        save_video(path.with_name(path.name + suffix), video, cfg.fps)
+    path = f"{out}/{Path(cfg.decompress).name}"         # clip.nerv.mp4: clip.mp4 is the original's
+    save_video(f"{path}.mp4", video, cfg.fps)
+    save_video(f"{path}.gif", video, cfg.fps)
     print(f"wrote {path}.mp4 and .gif: {len(video)} frames of {vae.cfg.resolution} pixels a side")
 
 
@@ -227,9 +226,9 @@ def film(cfg, out, vae, dit):
     Up to 6 videos. Four seconds of walk, three of what it came to; the clips run to and fro.
     """
     n = min(cfg.n, 6)
-    asked = Asked(cfg, vae, dit, n)
-    names = [asked.classes[label] for label in asked.labels]
-    walk = list(denoise_steps(dit, asked.told(0, n), **start(cfg, dit, 0, n)))
+    _, classes, labels, told = asked(cfg, vae, dit, n)
+    names = [classes[label] for label in labels]
+    walk = list(denoise_steps(dit, told, **start(cfg, dit, 0, n)))
     turn = max(vae.cfg.frames - 1, 1)
     sheets = []
     for i in range(88):
@@ -264,7 +263,7 @@ def bench(cfg, out, vae, dit):
     """
     device = nerv_vae.pick_device(cfg.device)
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
-    c = nerv_vae.Config(**dict(nerv_vae.PRESETS[preset], model=cfg.model, checkpointing=False))
+    c = replace(nerv_vae.Config(**nerv_vae.PRESETS[preset]), model=cfg.model)
     dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
     B = cfg.batch or 1
     R = c.resolution
@@ -273,20 +272,19 @@ def bench(cfg, out, vae, dit):
         video = torch.zeros(B, c.frames, 3, R, R)
         z = torch.randn(B, c.tokens, c.token_dim)
         frame = torch.arange(float(c.frames))
-        t = torch.full((B,), 500)
-        cond = torch.zeros_like(t)
+        t = torch.zeros(B, dtype=torch.long)            # which time or class does not matter
     vae = nerv_vae.NeRVVAE(c).to(device).eval()
     net = vae.decoder.instantiate(z[0])
     cell = R // c.pe_size                               # convolutions do not mind the grid's size
-    wide = positional_embedding(frame[:1], 1280 // cell)[:, :, :720 // cell]    # (1, 48, 45, 80)
-    wide = wide.contiguous(memory_format=torch.channels_last)
+    wide = embed(frame[:1], replace(c, pe_size=1280 // cell), net.layers)       # (1, 48, 80, 80)
+    wide = wide[:, :, :720 // cell]                                             # (1, 48, 45, 80)
 
     def stage1():
         recon, mean, logvar = vae(video, frame, z)
         return (recon - video).square().mean() + nerv_vae.kl_divergence(mean, logvar).mean()
 
     def stage2():
-        return (dit(z, t, cond) - z).square().mean()
+        return (dit(z, t, t) - z).square().mean()
 
     encoding = table.row("encode", lambda: vae.encoder(video))
     decoding = table.row("decode", lambda: vae.decoder(z, frame))
@@ -295,12 +293,12 @@ def bench(cfg, out, vae, dit):
               lambda: render(net.layers, net.convs, wide, c.side))
     table.training("training step, stage 1", vae, stage1, 3 * (encoding + decoding))
     dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
-    denoising = table.row("one pass of DiT", lambda: dit(z, t, cond))
+    denoising = table.row("one pass of DiT", lambda: dit(z, t, t))
     table.training("training step, stage 2", dit, stage2, 3 * denoising)
     ready_to_sample(dit, cfg, device)
     steps = 250 if device.type == "cuda" else 2
     table.row(f"{steps} DDPM steps, guidance 2",
-              lambda: sample_tokens(dit, cond, z, "ddpm", steps, 2.0), 2 * steps * denoising)
+              lambda: sample_tokens(dit, t, z, "ddpm", steps, 2.0), 2 * steps * denoising)
     data.write_file(out / "bench.json", json.dumps(table.rows, indent=1).encode())
 
 
@@ -336,37 +334,30 @@ def main(argv=None):
 # -------------------------------------------------------------------------- The method ends here
 # Below: what is asked for, checkpoints, pictures, .nerv files, the table of --bench.
 
-class Asked:
+def asked(cfg, vae, dit, n):
     """What each of n videos is made from: its class, nothing, or a clip that did not train.
 
-    Shapes:  told(first, last) -> what DiT is told, (k,) or (k, N, d); .labels (n,) into .classes
+    Returns the condition in words; classes, and the label of each video (n,); what DiT is told
+    Shapes:  told (n,) labels, or tokens (n, N, d)
     """
-
-    def __init__(self, cfg, vae, dit, n):
-        self.vae = vae
-        self.dit = dit
-        self.condition = dit.cfg.condition
-        if dit.by_tokens:
-            self.clips, which = unseen_clips(cfg, vae)
-            order = np.random.default_rng(cfg.seed).permutation(len(self.clips))
-            self.chosen = np.resize(order, n)           # in turn
-            self.classes = self.clips.classes
-            self.labels = self.clips.labels[self.chosen]
-            self.condition += f" of {which} clips"
-        elif self.condition == "class":
-            self.classes = dit.class_names
-            self.labels = pick_labels(cfg.classes, self.classes, n)
-        else:
-            self.classes = [*dit.class_names, "video"]  # the last: no class
-            self.labels = np.full(n, dit.classes)
-
-    def told(self, first, last):
-        if not self.dit.by_tokens:
-            return torch.tensor(self.labels[first:last], device=self.vae.device)        # (k,)
-        video = [self.clips[int(self.chosen[i]), i][0] for i in range(first, last)]
-        video = torch.stack(video).to(self.vae.device)                          # (k, T, 3, R, R)
-        shown = data.condition_video(video, self.dit.cfg.condition)
-        return self.vae.encode(shown)[0]                                        # (k, N, d)
+    condition = dit.cfg.condition
+    if dit.by_tokens:
+        clips, which = unseen_clips(cfg, vae)
+        order = np.random.default_rng(cfg.seed).permutation(len(clips))
+        order = np.resize(order, n).tolist()            # in turn
+        told = []
+        for seed, i in enumerate(data.progress(order, desc="encoding", unit="clip")):
+            video = clips[i, seed][0][None].to(vae.device)                      # (1, T, 3, R, R)
+            shown = data.condition_video(video, condition)
+            told.append(vae.encode(shown)[0])                                   # (1, N, d)
+        condition += f" of {which} clips"
+        return condition, clips.classes, clips.labels[order], torch.cat(told)
+    classes = ["video"]
+    labels = np.zeros(n, int)
+    if condition == "class":
+        classes = dit.class_names
+        labels = pick_labels(cfg.classes, classes, n)
+    return condition, classes, labels, torch.tensor(labels, device=vae.device)
 
 
 def pick_labels(wanted, names, n):
@@ -374,8 +365,7 @@ def pick_labels(wanted, names, n):
 
     Raises:  SystemExit that lists the classes
     """
-    known = {str(i): i for i in range(len(names))}
-    known.update({name: i for i, name in enumerate(names)})
+    known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     wanted = unicodedata.normalize("NFC", wanted)       # as the names are
     words = "|".join(sorted(map(re.escape, known), key=len, reverse=True))
     entry = rf"\s*({words})\s*(?:,|$)"
@@ -387,18 +377,19 @@ def pick_labels(wanted, names, n):
     return np.resize(chosen or range(len(names)), n)
 
 
-def start(cfg, dit, first, last):
-    """Where and how the sampler starts for videos first..last-1: settings of `sample_tokens`.
+def start(cfg, dit, first, k):
+    """Where and how the sampler starts for k videos from number `first` on.
 
-    The noise of a video follows from its number, whatever batch it is in. Shapes: noise (k, N, d)
+    The noise of a video follows from its number, whatever batch it is in.
+    Returns settings of `sample_tokens`. Shapes: noise (k, N, d)
     """
-    seed = cfg.seed * 1_000_003
+    seed = cfg.seed * 1_000_003 + first
     noise = []
-    for i in range(first, last):
+    for i in range(k):
         generator = torch.Generator().manual_seed(seed + i)
         noise.append(torch.randn(dit.token_mean.shape, generator=generator))
     noise = torch.stack(noise).to(dit.token_mean.device)
-    return dict(noise=noise, seed=seed + first, quiet=False, **dit.how)
+    return dict(noise=noise, seed=seed, quiet=False, **dit.how)
 
 
 def file_tokens(path, vae):
@@ -433,9 +424,8 @@ def unseen_clips(cfg, vae):
     known = data.read_checked(vae.path.with_name("index.json"))
     if known:
         root, names, _ = data.find_videos(about)
-        trained = {(name, file.get("size")) for name, file in known.items()}
-        here = {(name, os.path.getsize(root / name)) for name in names}
-        if not trained & here:
+        here = {name: os.path.getsize(root / name) for name in names}
+        if all(file.get("size") != here.get(name, -1) for name, file in known.items()):
             return data.build_dataset(replace(about, split="all")), "unseen"
         about = replace(about, out=str(vae.path.parent))        # no need to look through them again
     clips = data.build_dataset(about, held_out=True)
@@ -570,21 +560,18 @@ def film_sheet(tokens, videos, names, done):
     Shapes:  tokens (n, N, d), videos (n, 3, R, R), done in 0..1 of the way -> (H', W', 3) uint8
     """
     font = ImageFont.load_default(28)
-    columns = min(len(names), 3)
-    rows = (len(names) + 2) // 3
-    right = 12 + 316 * columns                          # a card of 304 and a gap of 12, in pixels
-    sheet = Image.new("RGB", (right, 60 + 194 * rows), NIGHT)
+    rows = -(-len(names) // 3)
+    sheet = Image.new("RGB", (960, 60 + 194 * rows), NIGHT)
     pen = ImageDraw.Draw(sheet)
     pen.text((24, 30), "noise", GREY, font, "lm")
-    pen.text((right - 24, 30), "weights", GREY, font, "rm")
-    end = right - 148                                   # of the line between the two words
-    here = 116 + (end - 116) * done
-    pen.line((116, 30, end, 30), CARD, 4)
+    pen.text((936, 30), "weights", GREY, font, "rm")
+    here = 116 + 696 * done
+    pen.line((116, 30, 812, 30), CARD, 4)
     pen.line((116, 30, here, 30), WARM, 4)
     pen.ellipse((here - 7, 23, here + 7, 37), WARM)
     for i, name in enumerate(names):
-        x = 12 + i % columns * 316
-        y = 60 + i // columns * 194
+        x = 12 + i % 3 * 316                            # a card of 304 and a gap of 12, in pixels
+        y = 60 + i // 3 * 194
         pen.rounded_rectangle((x, y, x + 304, y + 182), 10, CARD)
         pen.text((x + 12, y + 21), name[:19], PALE, font, "lm")
         pen.text((x + 152, y + 106), ">", GREY, font, "mm")
@@ -710,11 +697,11 @@ class Table:
                 call()                                  # compiles
                 torch.cuda.reset_peak_memory_stats()
             latency = seconds(call)
+        tflop = flop / 1e12
         peak = torch.cuda.max_memory_allocated() / 1e9                          # 0 without CUDA
         share = flop / self.product / latency
-        self.rows.append(dict(name=name, tflop=flop / 1e12, latency_s=latency, peak_gb=peak,
-                              share=share))
-        print(f"{name:<40} {flop / 1e12:8.3f} {latency:11.4f} {peak:8.2f} {share:6.1%}", flush=True)
+        self.rows.append(dict(name=name, tflop=tflop, latency_s=latency, peak_gb=peak, share=share))
+        print(f"{name:<40} {tflop:8.3f} {latency:11.4f} {peak:8.2f} {share:6.1%}", flush=True)
         return flop
 
     def training(self, name, model, loss, flop):
