@@ -67,7 +67,7 @@ class Config:
     sampler: str = "auto"           # auto|ddpm|ddim: auto is as the DiT was configured
     sample_steps: int = 0           # 0..1000: from noise to tokens; 0: as the DiT was configured
     guidance: float = 0.0           # 0..: 1 is off; 0: as the DiT was configured
-    batch: int = 0                  # 0..: videos at once; 0: 16, and 1 with --bench (paper E.1)
+    batch: int = 0                  # 0..: videos made at once; 0: 16, 1 with --bench (paper E.1)
     seed: int = 0                   # 0..4294967295: fixes the noise of every video
     compile: bool = True            # on CUDA: the sampling step compiled and replayed as a graph
     # where
@@ -146,11 +146,10 @@ def predict(cfg, out, vae, dit):
     if not dit.by_tokens:
         raise SystemExit(f"{dit.path} was trained with --condition {kind}; --predict needs a DiT "
                          "trained with --condition frames, image or edge")
-    clip = file_tokens(cfg.predict, vae)[1]                                  # (T, 3, R, R)
+    clip = file_tokens(cfg.predict, vae)[1]                                     # (T, 3, R, R)
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
-    told = vae.encode(shown[None].to(vae.device))[0]                  # (1, N, d)
-    told = told.expand(cfg.n, -1, -1)
-    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))        # (n, N, d)
+    told = vae.encode(shown[None].to(vae.device))[0].expand(cfg.n, -1, -1)      # (n, N, d)
+    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))              # (n, N, d)
     videos = torch.cat([clip[None], shown[None], vae.play(tokens)])             # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
     show(cfg, out, "predict", videos, 6, names)
@@ -273,7 +272,7 @@ def bench(cfg, out, vae, dit):
         z = torch.randn(B, c.tokens, c.token_dim)
         frame = torch.arange(float(c.frames))
         t = torch.zeros(B, dtype=torch.long)            # which time or class does not matter
-    vae = nerv_vae.NeRVVAE(c).to(device).eval()
+        vae = nerv_vae.NeRVVAE(c).eval()
     net = vae.decoder.instantiate(z[0])
     cell = R // c.pe_size                               # convolutions do not mind the grid's size
     wide = embed(frame[:1], replace(c, pe_size=1280 // cell), net.layers)       # (1, 48, 80, 80)
