@@ -286,7 +286,7 @@ def bench(cfg, out, vae, dit):
         return (dit(z, t, t) - z).square().mean()
 
     encoding = table.row("encode", lambda: vae.encoder(video))
-    decoding = table.row("decode", lambda: vae.decoder(z, frame))
+    decoding = table.row("decode", lambda: vae.decode(z, frame))
     table.row("decode one clip, instantiated", lambda: net(frame))
     table.row(f"one frame of 1280 x {wide.shape[2] * cell}, instantiated",
               lambda: render(net.layers, net.convs, wide, c.side))
