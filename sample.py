@@ -213,10 +213,10 @@ def decompress(cfg, out, vae, dit):
                          f"sha256 starts {made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one "
                          "with --vae")
     video = play_numbers(numbers, vae)                                       # (T, 3, R, R)
-    path = f"{out}/{Path(cfg.decompress).name}"         # clip.nerv.mp4: clip.mp4 is the original's
-    save_video(f"{path}.mp4", video, cfg.fps)
-    save_video(f"{path}.gif", video, cfg.fps)
-    print(f"wrote {path}.mp4 and .gif: {len(video)} frames of {vae.cfg.resolution} pixels a side")
+    name = Path(cfg.decompress).name                    # clip.nerv.mp4: clip.mp4 is the original's
+    save_video(out / f"{name}.mp4", video, cfg.fps)
+    save_video(out / f"{name}.gif", video, cfg.fps)
+    print(f"wrote {out}/{name}.mp4 and .gif: {len(video)} frames")
 
 
 def film(cfg, out, vae, dit):
