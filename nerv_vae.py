@@ -17,19 +17,15 @@ again continues where it stopped.
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are roughly N(0, 1), as the KL term pulls them there; `frame` is 0..T-1.
 """
-import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import sys
-import threading
 import time
-import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,12 +34,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, one_line,
-                  parse_config, progress, psnr, ranks, save_video, tile, write_page)
+from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, parse_config,
+                  progress, psnr, ranks, save_video, tile, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -164,11 +161,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, L, dim = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, dim // self.heads)  # (B, L, 3, heads, c)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))             # (B, L, 3, heads, c)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, L, c) each
         y = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, L, c)
-        return self.proj(y.transpose(1, 2).reshape(B, L, dim))          # (B, L, dim)
+        return self.proj(y.transpose(1, 2).flatten(2))                  # (B, L, dim)
 
 
 def mlp(dim):
@@ -197,17 +193,8 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        world = dist.get_world_size()
-        mean = sum_over_ranks(x.mean(0)) / world                        # (dim,)
-        x = x - mean                        # first, as E[x^2] - mean^2 cancels where the mean is large
-        var = sum_over_ranks(x.square().mean(0)) / world                # (dim,)
-        n = world * len(x)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            weight = self.momentum or 1 / self.num_batches_tracked
-            self.running_mean.lerp_(mean, weight)
-            self.running_var.lerp_(var * n / (n - 1), weight)
-        return x * (var + self.eps).rsqrt() * self.weight + self.bias
+        y = super().forward(of_all_ranks(x))                            # (ranks * n, dim)
+        return y.view(-1, *x.shape)[dist.get_rank()]                    # (n, dim)
 
 
 class NeRVEncoder(nn.Module):
@@ -224,8 +211,8 @@ class NeRVEncoder(nn.Module):
         self.cfg = cfg
         dim = cfg.enc_dim
         if cfg.frames % cfg.patch_frames or cfg.resolution % cfg.patch:
-            raise SystemExit(f"patches of {cfg.patch_frames} x {cfg.patch} x {cfg.patch} do not fill {cfg.frames} "
-                             f"frames of {cfg.resolution}; change --patch or --patch-frames")
+            raise SystemExit(f"patches of {cfg.patch_frames} x {cfg.patch} x {cfg.patch} do not fill "
+                             f"{cfg.frames} frames of {cfg.resolution}; change --patch or --patch-frames")
         self.embed = nn.Linear(3 * cfg.patch_frames * cfg.patch ** 2, dim)
         self.register_buffer("place", patch_positions(cfg), persistent=False)  # (P, dim)
         # Small, or BatchNorm would see the queries' differences and scale those between videos down to nothing.
@@ -238,23 +225,27 @@ class NeRVEncoder(nn.Module):
         nn.init.constant_(self.bottleneck.bias[cfg.token_dim:], cfg.logvar_start)
 
     def forward(self, video):
-        B, T, _, H, W = video.shape
-        p = self.cfg.patch
         f = self.cfg.patch_frames
-        x = video.view(B, T // f, f, 3, H // p, p, W // p, p)           # (B, T/f, f, 3, h, p, w, p)
-        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7)                           # (B, T/f, h, w, f, 3, p, p)
+        p = self.cfg.patch
+        x = F.pixel_unshuffle(video, p)                                 # (B, T, 3*p*p, h, w)
+        x = x.unflatten(1, (-1, f))                                     # (B, T/f, f, 3*p*p, h, w)
+        x = x.permute(0, 1, 4, 5, 2, 3)                                 # (B, T/f, h, w, f, 3*p*p)
         x = x.flatten(4).flatten(1, 3)                                  # (B, P, f*3*p*p)
         x = self.embed(x) + self.place                                  # (B, P, dim)
-        x = torch.cat([x, self.queries.expand(B, -1, -1)], 1)           # (B, P+N, dim)
+        x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)      # (B, P+N, dim)
         for block in self.blocks:
-            if self.cfg.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        x = x[:, -self.cfg.tokens:].float()                          # (B, N, dim): the queries only
-        x = self.norm(x.flatten(0, 1)).view_as(x)       # statistics over B*N tokens
+            x = recomputed(block, self.cfg, x)
+        x = x[:, -self.cfg.tokens:].float()                             # (B, N, dim): the queries only
+        x = self.norm(x.flatten(0, 1)).view_as(x)                       # statistics over B*N tokens
         mean, logvar = self.bottleneck(x).float().chunk(2, -1)          # (B, N, d) each
         return mean, logvar.clamp(-30, 20)
+
+
+def recomputed(module, cfg, *inputs):
+    """module(*inputs); with --checkpointing the backward pass computes it again, which takes less memory."""
+    if cfg.checkpointing and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
 
 
 def patch_positions(cfg):
@@ -264,10 +255,10 @@ def patch_positions(cfg):
             knows where a patch lies; at a transformer's usual 10000 and 1 neighbours look alike and learning starts late
     """
     side = cfg.resolution // cfg.patch
-    grid = (cfg.frames // cfg.patch_frames, side, side)
-    each = cfg.enc_dim // 6 * 2                         # channels for each of t, y, x
-    t, y, x = torch.meshgrid(*[torch.arange(n) for n in grid], indexing="ij")  # (t, h, w) each
-    place = torch.cat([sinusoids(axis.flatten(), each, base=10.0) for axis in (t, y, x)], 1)
+    sizes = (cfg.frames // cfg.patch_frames, side, side)
+    axes = torch.cartesian_prod(*[torch.arange(n) for n in sizes]).T    # (3, P): t, y, x of every patch
+    each = cfg.enc_dim // 6 * 2                                         # channels for each of the three
+    place = torch.cat([sinusoids(axis, each, base=10.0) for axis in axes], 1)
     return F.pad(2 * place, (0, cfg.enc_dim - 3 * each))                # (P, dim)
 
 
@@ -298,29 +289,23 @@ class NeRVVAE(nn.Module):
     def decode(self, tokens, frame):
         """Shapes: tokens (B, N, d), frame (k,) float -> (B, k, 3, H, W) in [-1, 1].
 
-        With --checkpointing a few frames at a time, which the backward pass renders again: frames decode alone, so
-        that nothing changes but the memory.
+        No more frames at a time than a clip has, and few with --checkpointing: frames decode alone, so that nothing
+        changes but the memory.
         """
-        if not self.cfg.checkpointing or not torch.is_grad_enabled():
-            return self.decoder(tokens, frame)
-        parts = []
-        for part in frame.split(FRAMES_AT_ONCE):
-            parts.append(checkpoint(self.decoder, tokens, part, use_reentrant=False))
-        return torch.cat(parts, 1)
+        at_once = FRAMES_AT_ONCE if self.cfg.checkpointing else self.cfg.frames
+        if len(frame) > at_once:
+            return torch.cat([self.decode(tokens, part) for part in frame.split(at_once)], 1)
+        return recomputed(self.decoder, self.cfg, tokens, frame)
 
     def play(self, tokens, frame=None):
-        """Videos of any length, one at a time and few frames at a time, so that memory stays flat.
+        """Videos of any length, one at a time, so that memory stays flat.
 
         Shapes: tokens (n, N, d), frame (T,) or None for the trained ones -> (n, T, 3, H, W) in [-1, 1], on the CPU
         """
         if frame is None:
             frame = torch.arange(self.cfg.frames).float()
-        share = FRAMES_AT_ONCE if self.cfg.checkpointing else self.cfg.frames
-        videos = []
-        for one in tokens.split(1):
-            parts = [self.decode(one, part.to(one.device)).cpu() for part in frame.split(share)]
-            videos.append(torch.cat(parts, 1))                          # (1, T, 3, H, W)
-        return torch.cat(videos)
+        frame = frame.to(tokens.device)
+        return torch.cat([self.decode(one, frame).cpu() for one in tokens.split(1)])
 
 
 class Discriminator(nn.Module):
@@ -335,27 +320,25 @@ class Discriminator(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.gan_channels * times for times in (1, 2, 4, 4, 4, 4)]
-        size = [cfg.frames, cfg.resolution, cfg.resolution]
         self.stem = conv3d(3, widths[0])
         self.blocks = nn.ModuleList()
         for c, wider in zip(widths, widths[1:]):
-            block = nn.ModuleDict()
-            block["a"] = conv3d(c, c)
-            block["b"] = conv3d(c, wider)
-            block["side"] = nn.Conv3d(c, wider, 1, bias=False)
-            self.blocks.append(block)
-            size = [math.ceil(n / 2) for n in size]
-        self.last = conv3d(widths[-1], widths[-1])
-        self.fc = nn.Linear(widths[-1] * math.prod(size), widths[-1])
-        self.logit = nn.Linear(widths[-1], 1)
+            a = conv3d(c, c)
+            b = conv3d(c, wider)
+            side = nn.Conv3d(c, wider, 1, bias=False)
+            self.blocks.append(nn.ModuleDict(dict(a=a, b=b, side=side)))
+        self.last = conv3d(wider, wider)
+        places = math.ceil(cfg.frames / 32) * math.ceil(cfg.resolution / 32) ** 2
+        self.fc = nn.Linear(wider * places, wider)
+        self.logit = nn.Linear(wider, 1)
 
     def forward(self, video):
         x = F.leaky_relu(self.stem(video.transpose(1, 2)), 0.2)         # (B, C, T, H, W)
         for block in self.blocks:
-            y = F.leaky_relu(block["a"](x), 0.2)
-            y = F.leaky_relu(block["b"](halve(y)), 0.2)                 # (B, wider, T/2, H/2, W/2)
-            x = (y + block["side"](halve(x))) / math.sqrt(2)
-        x = F.leaky_relu(self.last(x), 0.2).flatten(1)                # (B, 4C * T/32 * H/32 * W/32)
+            y = F.leaky_relu(block.a(x), 0.2)
+            y = F.leaky_relu(block.b(halve(y)), 0.2)                 # (B, wider, T/2, H/2, W/2)
+            x = (y + block.side(halve(x))) / math.sqrt(2)
+        x = F.leaky_relu(self.last(x), 0.2).flatten(1)                  # (B, 4C * T/32 * H/32 * W/32)
         x = F.leaky_relu(self.fc(x), 0.2)                               # (B, 4C)
         return self.logit(x)[:, 0]                                      # (B,)
 
@@ -386,13 +369,13 @@ def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
     loss = terms["mse"] + cfg.kl_weight * kl.sum((1, 2)).mean()
     if cfg.edge_weight:
         terms["edge"] = edge_error(recon, target)
-        loss = loss + cfg.edge_weight * terms["edge"]
+        loss += cfg.edge_weight * terms["edge"]
     if perceptual is not None:
         terms["lpips"] = perceptual_distance(recon, target, perceptual)
-        loss = loss + cfg.lpips_weight * terms["lpips"]
+        loss += cfg.lpips_weight * terms["lpips"]
     if critic is not None:
         terms["gan"] = generator_loss(critic, recon)
-        loss = loss + cfg.gan_weight * terms["gan"]
+        loss += cfg.gan_weight * terms["gan"]
     return dict(loss=loss, **terms, token_std=mean.std(), posterior_std=(logvar / 2).exp().mean())
 
 
@@ -427,9 +410,9 @@ def perceptual_distance(recon, target, perceptual):
             out
     """
     size = max(64, recon.shape[-1])
-    recon = F.interpolate(recon.flatten(0, 1), size, mode="bilinear")   # (B*k, 3, size, size)
-    target = F.interpolate(target.flatten(0, 1), size, mode="bilinear")
-    return perceptual(recon, target).float().mean()
+    both = torch.cat([recon, target]).flatten(0, 1)                     # (2*B*k, 3, H, W)
+    both = F.interpolate(both, size, mode="bilinear")                   # (2*B*k, 3, size, size)
+    return perceptual(*both.chunk(2)).float().mean()
 
 
 def edge_error(recon, target):
@@ -465,53 +448,37 @@ def optimizers(model, cfg):
             of a matrix equally fast, so that short runs come further. Its steps are scaled to AdamW's size and share
             its learning rate
     """
-    matrices = [p for p in model.parameters() if cfg.muon and p.ndim == 2]
-    others = [p for p in model.parameters() if not cfg.muon or p.ndim != 2]
+    others = [p for p in model.parameters() if p.ndim != 2 or not cfg.muon]
     opts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    if matrices:
+    if cfg.muon:
+        matrices = [p for p in model.parameters() if p.ndim == 2]
         opts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return opts
 
 
-@torch.no_grad()
 def measure_batchnorm(ema, run, clips):
     """Give the averaged weights BatchNorm statistics of their own, from 16 passes over training clips.
 
     Those of the raw weights do not fit them: on toy clips that mismatch costs 1.3 dB after 1500 steps.
     """
     cfg = run.cfg
-    ema.encoder.norm.reset_running_stats()
-    ema.encoder.norm.momentum = None                    # a plain mean over the passes
-    ema.train()
-    for video in run.batches(clips, range(min(16, cfg.steps))):
-        for clip in video.chunk(cfg.grad_accum):
-            ema.encode(degrade(clip, cfg.degrade))
-    ema.eval()
+    def passes():
+        for video in run.batches(clips, range(min(16, cfg.steps))):
+            yield from degrade(video, cfg.degrade).chunk(cfg.grad_accum)  # (b, T, 3, H, W) each
+
+    torch.optim.swa_utils.update_bn(passes(), ema.encoder)
 
 
 def batch_keys(clips, cfg, step):
     """What a step trains on: any videos, each with the seed of a clip. They follow from (seed, step).
 
-    Returns (video, seed) pairs, one for each clip of the whole batch; with --overfit always the same
+    Shapes: -> (B, 2) int: video, seed; with --overfit always the same
     """
-    if cfg.overfit:
-        return [(0, 0)] * cfg.batch
     rng = np.random.default_rng([cfg.seed, step])
-    keys = []
-    for _ in range(cfg.batch):
-        video = int(rng.integers(len(clips)))
-        keys.append((video, int(rng.integers(2 ** 62))))
+    keys = rng.integers([len(clips), 2 ** 62], size=(cfg.batch, 2))
+    if cfg.overfit:
+        keys[:] = 0
     return keys
-
-
-@torch.no_grad()
-def reconstruct(model, clips, run):
-    """Clips through their mean tokens, as many at once as a training pass holds. Shapes: (n, T, 3, H, W), twice."""
-    parts = []
-    for some in clips.split(run.share):
-        mean, _ = model.encode(some.to(run.device))
-        parts.append(model.play(mean))
-    return torch.cat(parts)
 
 
 def train(cfg):
@@ -523,7 +490,6 @@ def train(cfg):
             held_out = build_dataset(cfg, held_out=True)
             if cfg.lpips_weight:
                 perceptual = load_lpips(cfg.lpips_net, run.device)
-        judged, name = clips_to_judge(cfg, clips, held_out)             # (n, T, 3, H, W)
 
         torch.manual_seed(cfg.seed)
         model = NeRVVAE(cfg).to(run.device)
@@ -531,32 +497,30 @@ def train(cfg):
         ema.load_state_dict(model.state_dict())
         opts = optimizers(model, cfg)
         run.keep(opts, model=model, ema=ema)
+        forward = run.wrap(model)
         if cfg.gan_weight:
             critic = Discriminator(cfg).to(run.device)
             opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0,
                                       fused=True)
             run.keep([opt_d], critic=critic)
-        run.resume(classes=clips.classes, videos=len(clips))
-        forward = run.wrap(model)
-        if cfg.gan_weight:
             critic_forward = run.wrap(critic, compiled=False)
-        run.start(f"{len(clips)} videos, encoder {size_of(model.encoder)}, decoder {size_of(model.decoder)}, "
-                  f"{cfg.tokens} tokens of {cfg.token_dim}")
+            critic.requires_grad_(False)                # but where it learns
+        run.resume(classes=clips.classes, videos=len(clips))
+        names = clips.files or range(len(clips))
+        run.start(f"{len(clips)} videos, encoder {size_of(model.encoder)}, decoder "
+                  f"{size_of(model.decoder)}, {cfg.tokens} tokens of {cfg.token_dim}")
 
         for video in run.batches(clips, range(run.step, cfg.steps)):    # (B, T, 3, H, W), this rank's
             step = run.step
             run.seed_step()
-            run.batch_names = names_of(clips, cfg, step)
+            run.batch_names = [names[i] for i, _ in batch_keys(clips, cfg, step)]
             gan = cfg.gan_weight > 0 and step >= cfg.gan_start
+            critic_learns = gan and (step + 1) % cfg.gan_every == 0
             k = cfg.frames
             if cfg.frames_per_step and not gan:         # the critic looks at whole clips
                 k = cfg.frames_per_step
             noise = torch.randn(cfg.batch, cfg.tokens, cfg.token_dim, device=run.device)
             frame = torch.randperm(cfg.frames, device=run.device)[:k].sort()[0]  # (k,)
-            model.zero_grad(set_to_none=True)
-            if gan:
-                critic.requires_grad_(False)            # 1 to 3 train the autoencoder alone
-            pairs = []
             for clip, part in zip(video.chunk(cfg.grad_accum), run.passes):
                 with run.autocast():
                     # 1. Encode, draw the tokens, decode k frames.
@@ -569,19 +533,20 @@ def train(cfg):
                                      critic if gan else None)
                 (terms["loss"] / cfg.grad_accum).backward()
                 run.add(terms)
-                pairs.append((target, recon.detach()))
-            # 3. One optimizer step, then the averaged weights follow.
-            run.add(run.update(model, opts, learning_rate(step, cfg)))
-            update_ema(ema, model, cfg.ema, step)
-            # 4. Every few steps the critic learns to tell the two apart.
-            if gan and (step + 1) % cfg.gan_every == 0:
-                critic.requires_grad_(True).zero_grad(set_to_none=True)
-                for real, fake in pairs:
+                # 3. Every few steps the critic learns to tell the two apart.
+                if critic_learns:
+                    critic.requires_grad_(True)
                     with run.autocast():
-                        terms = critic_loss(critic_forward, real, fake)
+                        terms = critic_loss(critic_forward, target, recon)
                     (terms["loss_d"] / cfg.grad_accum).backward()
+                    critic.requires_grad_(False)
                     run.add(terms)
-                run.update(critic, [opt_d], cfg.gan_lr_ratio * learning_rate(step, cfg), limit=math.inf)
+            # 4. One optimizer step, then the averaged weights follow.
+            rate = learning_rate(step, cfg)
+            run.add(run.update(model, opts, rate))
+            update_ema(ema, model, cfg.ema, step)
+            if critic_learns:
+                run.update(critic, [opt_d], cfg.gan_lr_ratio * rate, limit=math.inf)
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.finish_step()
             if run.time_to_save:
@@ -591,8 +556,9 @@ def train(cfg):
                 row = run.means()
                 row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-12))
                 if run.time_to_look and run.rank == 0:
-                    row.update(judge(ema, judged, name, run))
-                run.log(row, shown=("loss", "psnr", "kl_per_dim", name, "psnr_in"))
+                    row.update(judge(ema, clips, held_out, run))
+                run.log(row, shown=("loss", "psnr", "kl_per_dim", "psnr_held_out", "psnr_train",
+                                    "psnr_in"))
             run.leave_if_asked()
     return run.path
 
@@ -619,46 +585,33 @@ def main(argv=None):
 # ==================================================================================================
 # The method ends here. Below: the picture of a run, checkpoints, and `Run`, what both stages need.
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors; so is its gradient. (torch's SyncBatchNorm refuses CPUs.)"""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return SumOverRanks.apply(grad)
-
-
 @torch.compiler.disable
-def sum_over_ranks(x):
-    """SumOverRanks, left alone by torch.compile, which does not know it."""
-    return SumOverRanks.apply(x)
+def of_all_ranks(x):
+    """The rows of all ranks; gradients come back. (torch's SyncBatchNorm refuses CPUs.)"""
+    return torch.cat(all_gather(x))
 
 
-def clips_to_judge(cfg, clips, held_out):
-    """At most 64 held-out clips, or training clips where all train; and what their PSNR is called."""
-    name = "psnr_held_out"
-    if cfg.overfit or not len(held_out):
-        held_out = clips
-        name = "psnr_train"
-    shown = np.random.default_rng(0).permutation(len(held_out))[:64]
-    if cfg.overfit:
-        shown = [0]
-    return torch.stack([held_out[int(i), 0][0] for i in shown]), name   # (n, T, 3, H, W)
+@torch.no_grad()
+def judge(model, clips, held_out, run):
+    """PSNR in dB of at most 64 held-out clips through their mean tokens; of training clips where all train.
 
-
-def judge(model, clips, name, run):
-    """PSNR in dB of clips through their mean tokens, mean over frames, then clips; and a picture.
-
-    Rows of the picture: originals, reconstructions, differences; what the encoder saw, if damaged.
-    Shapes: clips (n, T, 3, H, W) in [-1, 1] -> {name: PSNR, and "psnr_in", that of damaged clips}
+    The picture has rows of originals, reconstructions, differences, and of what the encoder saw, if damaged.
+    Returns {"psnr_held_out" or "psnr_train": mean over frames, then clips; "psnr_in": that of damaged clips}
     """
+    name = "psnr_held_out"
+    if run.cfg.overfit or not len(held_out):
+        name = "psnr_train"
+        held_out = clips
+    chosen = np.random.default_rng(0).permutation(len(held_out))[:64]
+    if run.cfg.overfit:
+        chosen = [0]
+    clips = torch.stack([held_out[i, 0][0] for i in chosen])            # (n, T, 3, H, W)
     seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
-    recon = reconstruct(model, seen, run)                               # (n, T, 3, H, W)
+    parts = []
+    for some in seen.split(run.share):                                  # no more than a training pass holds
+        mean, _ = model.encode(some.to(run.device))
+        parts.append(model.play(mean))
+    recon = torch.cat(parts)                                            # (n, T, 3, H, W)
     found = {name: psnr(recon, clips).mean().item()}
     rows = {"original": clips, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
     if run.cfg.degrade != "none":
@@ -685,27 +638,22 @@ FORMAT = 2              # counts changes of what the numbers in a checkpoint mea
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain Python beside `path`, flush, then rename: all or nothing.
 
-    A full or read-only disk is told in one line and not raised, as training can still outlive it;
-    the checkpoint before stays. Returns whether the file was written.
+    Returns whether it was written: training can outlive a full disk
     """
     path = Path(path)
     part = path.with_suffix(".part")
-    try:
+    with carry_on(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            torch.save({**state, "format": FORMAT}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:            # torch turns a failed write into the latter
-        if isinstance(error, RuntimeError) and not re.search("writ|unexpected pos", str(error)):
-            raise
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        say(f"could not write {path} ({reason}); what was there stays", sys.stderr)
-        with suppress(OSError):
-            part.unlink()
-        return False
-    return True
+        try:
+            with open(part, "wb") as file:
+                torch.save({**state, "format": FORMAT}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            return True
+        finally:
+            part.unlink(missing_ok=True)
+    return False
 
 
 def load_checkpoint(path, device, made_by):
@@ -735,8 +683,26 @@ def told(what):
     try:
         yield
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise SystemExit(f"{what} ({type(error).__name__}: {first})") from error
+        raise SystemExit(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+@contextmanager
+def carry_on(path):
+    """A file that cannot be written is told in a line, and training goes on."""
+    try:
+        yield
+    except (OSError, RuntimeError, SystemExit) as error:    # the second: torch's, of a full disk
+        say(f"could not write {path} ({first_line(error)}); what was there stays", sys.stderr)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def say(text, file=None):
+    """A line above the bar, in a log at once; where even the log is full, training goes on."""
+    with suppress(OSError), tqdm.external_write_mode(file):
+        print(text, file=file, flush=True)
 
 
 # ------------------------------------------------------------------------------------------ what a run needs
@@ -753,9 +719,10 @@ def pick_device(name="auto"):
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if name == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not found:
         return torch.device("cpu")
     return torch.device("cuda", ranks()[0] % torch.cuda.device_count())
 
@@ -784,59 +751,44 @@ class Run(ExitStack):
             raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times "
                              f"--grad-accum {cfg.grad_accum}; it is what all do together in a step")
         starts = range(self.rank * self.share, cfg.batch, self.world * self.share)
-        self.passes = [slice(start, start + self.share) for start in starts]    # rows of the batch
+        self.passes = [slice(start, start + self.share) for start in starts]
+        self.rows = np.r_[*self.passes]                 # of the batch, what this rank works on
         self.step = 0
         self.networks = {}
         self.opts = []
         self.terms = {}                                 # name -> values since the last line
-        self.bad = {}                                   # network -> (2,) skipped steps: all, in a row
+        self.bad = {}                                   # network -> skipped steps in a row
         self.heard = 0                                  # the last signal
         self.bar = None
         self.saved = True
         self.memory = None
-
-    def __enter__(self):
-        try:
-            self.set_up()
-        except BaseException:
-            self.__exit__(*sys.exc_info())
-            raise
-        return self
-
-    def set_up(self):
-        if self.world > 1:
-            self.join_ranks()
         if self.rank == 0:
             self.enter_context(claim(self.out))
-        if threading.current_thread() is threading.main_thread():   # only it may have handlers
+        with suppress(ValueError):                      # a thread may not have handlers
             for number in STOPS:
                 self.callback(signal.signal, number, signal.signal(number, self.note_signal))
-
-    def __exit__(self, kind, error, trace):
-        super().__exit__(kind, error, trace)
-        if kind is KeyboardInterrupt:
-            print("stopped before the step ended; the last checkpoint stays", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+        if self.world > 1:
+            self.join_ranks()
 
     # ---- several processes
 
     def join_ranks(self):
         backend = "gloo"
-        say(f"rank {self.rank} waits for all {self.world} processes that WORLD_SIZE names")
         if self.cuda:
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
+        say(f"rank {self.rank} waits for all {self.world} processes that WORLD_SIZE names")
         # Rank 0 may scan a folder for hours while others wait; a dead rank is torchrun's to notice.
         with told("the other processes are not there; unset RANK and WORLD_SIZE to run alone"):
             dist.init_process_group(backend, timeout=timedelta(days=1))
         self.callback(time.sleep, 0.5)                  # or a thread of gloo aborts Python's shutdown
         self.callback(dist.destroy_process_group)
 
-    def agree(self, numbers):
+    def agree(self, numbers, how=dist.ReduceOp.MAX):
         """The largest of all ranks' numbers (or of each in a list); all wait until all are here."""
-        value = torch.tensor(numbers)
+        value = torch.as_tensor(numbers)
         if self.world > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
+            dist.all_reduce(value, how)
         return value.tolist()
 
     @contextmanager
@@ -850,11 +802,14 @@ class Run(ExitStack):
 
     def wrap(self, model, compiled=True):
         """The same weights, compiled and with gradients averaged over ranks; `model` is saved."""
-        if compiled and self.cfg.compile and self.cuda and can_compile(self.device):
-            model = torch.compile(model, dynamic=False)
+        if compiled and self.cfg.compile and self.cuda:
+            try:                                        # it needs a C compiler and Python's headers
+                torch.compile(torch.square)(torch.ones(1, device=self.device))
+                model = torch.compile(model, dynamic=False)
+            except Exception as error:
+                say(f"torch.compile does not work here ({first_line(error)}): the same, but slower")
         if self.world > 1:
-            warnings.filterwarnings("ignore", "`broadcast_buffers")     # its new name is not all of it
-            model = DistributedDataParallel(model, broadcast_buffers=False)
+            model = DistributedDataParallel(model)
         return model
 
     def autocast(self):
@@ -876,7 +831,7 @@ class Run(ExitStack):
         self.facts = facts
         if self.cfg.resume and self.path.exists():
             ckpt = load_checkpoint(self.path, self.device, self.made_by)
-            self.refuse_changes(ckpt)
+            self.refuse_changes({**ckpt, **ckpt["config"]})
             for name, network in self.networks.items():
                 network.load_state_dict(ckpt[name])
             for opt, state in zip(self.opts, ckpt["opts"]):
@@ -888,11 +843,14 @@ class Run(ExitStack):
 
     def refuse_changes(self, ckpt):
         differ = []
-        settings = {**dataclasses.asdict(self.cfg), **self.facts}
-        for name, was in {**ckpt, **ckpt["config"]}.items():
-            if name in settings.keys() - HARMLESS and was != settings[name]:
-                now = settings[name]
-                differ.append(f"{name} {beside(was, now)} (now {beside(now, was)})")
+        for name, now in {**asdict(self.cfg), **self.facts}.items():
+            was = ckpt.get(name, now)
+            if name in HARMLESS or was == now:
+                continue
+            if isinstance(now, list):
+                differ.append(f"other {name}, {sorted(set(was) ^ set(now))}")
+            else:
+                differ.append(f"{name} {was} (now {now})")
         if differ:
             raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another "
                              "--out, or --no-resume")
@@ -900,25 +858,23 @@ class Run(ExitStack):
     def save(self):
         """Write the checkpoint; only rank 0 does."""
         if self.rank == 0:
-            state = {name: network.state_dict() for name, network in self.networks.items()}
+            state = dict(self.facts, step=self.step, made_by=self.made_by, config=asdict(self.cfg))
             state["opts"] = [opt.state_dict() for opt in self.opts]
-            state["config"] = dataclasses.asdict(self.cfg)
-            state.update(self.facts, step=self.step, made_by=self.made_by)
+            for name, network in self.networks.items():
+                state[name] = network.state_dict()
             self.saved = save_checkpoint(self.path, state)
-
-    def put_aside(self):
-        """With --no-resume, what an earlier run left becomes ckpt.old.pt and log.old.jsonl."""
-        for path in (self.path, self.out / "log.jsonl"):
-            if path.exists() and not self.cfg.resume:
-                with one_line(path):
-                    path.replace(path.with_suffix(f".old{path.suffix}"))
 
     # ---- steps
 
     def start(self, what):
-        """Say what is trained and show a bar; from here on a signal waits for the end of a step."""
+        """Say what is trained and show a bar; from here on a signal waits for the end of a step.
+
+        With --no-resume, what an earlier run left becomes ckpt.old.pt and log.old.jsonl
+        """
         if self.rank == 0:
-            self.put_aside()
+            for path in (self.path, self.out / "log.jsonl"):
+                if path.exists() and not self.cfg.resume:
+                    path.replace(path.with_suffix(f".old{path.suffix}"))
             say(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
                 f"to {self.cfg.steps} of {self.path}")
         bar = progress(None, self.rank > 0, total=self.cfg.steps, initial=self.step, desc=self.title)
@@ -927,13 +883,13 @@ class Run(ExitStack):
 
     def note_signal(self, number, _):
         if self.bar is None or self.heard and number == signal.SIGINT:
-            raise KeyboardInterrupt                     # Ctrl-C twice: do not wait for the step
+            raise SystemExit(128 + number)              # Ctrl-C twice: do not wait for the step
         self.heard = number             # SIGTERM comes twice where a scheduler tells every process
 
     def batches(self, clips, steps):
         """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
-        keys = (self.rows(batch_keys(clips, self.cfg, step)) for step in steps)
-        if self.cfg.in_memory and not self.cfg.overfit:
+        keys = (batch_keys(clips, self.cfg, step)[self.rows] for step in steps)
+        if self.cfg.in_memory:
             self.memory = self.memory or ClipsInMemory(clips, self.device)
             loader = map(self.memory.batch, keys)
         else:
@@ -942,10 +898,6 @@ class Run(ExitStack):
                 pin_memory=self.cuda, worker_init_fn=ignore_stops)
         for video, _ in loader:
             yield video.to(self.device, non_blocking=True)
-
-    def rows(self, batch):
-        """What of a batch this rank works on, one pass after the other."""
-        return [row for part in self.passes for row in batch[part]]
 
     def seed_step(self):
         """Make all noise of this step follow from (seed, step), so that a run that goes on is one."""
@@ -960,22 +912,19 @@ class Run(ExitStack):
         """Clip gradients to norm `limit` (choice), then step; skip it where one is not finite.
 
         AdamW never waits for the GPU: its fused form looks at found_inf itself, as it does for
-        torch's gradient scaler. Muon has no such form and waits. Returns {"grad_norm": norm}.
+        torch's gradient scaler. Muon has no such form and waits.
+        Returns {"grad_norm": norm, "skipped": 1 or 0}
         """
         norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
         bad = (~norm.isfinite()).float()
         for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = lr
-            if isinstance(opt, torch.optim.AdamW):
-                opt.found_inf = bad
+            opt.param_groups[0]["lr"] = lr
+            opt.found_inf = bad
+            if isinstance(opt, torch.optim.AdamW) or not bad:
                 opt.step()
-            elif not bad:
-                opt.step()
-        counts = self.bad.setdefault(model, torch.zeros(2, device=self.device))
-        counts[0] += bad
-        counts[1] = (counts[1] + 1) * bad
-        return dict(grad_norm=norm)
+        model.zero_grad()
+        self.bad[model] = (self.bad.get(model, 0) + 1) * bad
+        return dict(grad_norm=norm, skipped=bad)
 
     def finish_step(self):
         """Count the step, and decide what it is time for."""
@@ -985,6 +934,7 @@ class Run(ExitStack):
         self.time_to_look = self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
         self.time_to_save = self.time_to_look or self.asked
         self.time_to_log = self.time_to_look or self.step % self.cfg.log_every == 0
+        self.picture = self.out / f"step_{self.step:06d}.gif"
 
     def means(self):
         """Means since the last line, over ranks too, and clips a second; waits for the GPU.
@@ -992,16 +942,12 @@ class Run(ExitStack):
         Raises: SystemExit after ten skipped steps in a row, naming the last batch
         """
         means = torch.stack([torch.stack(values).mean() for values in self.terms.values()]).cpu()
-        if self.world > 1:
-            dist.all_reduce(means)
-        row = dict(step=self.step)
-        row.update(zip(self.terms, (means / self.world).tolist()))
-        skipped, in_a_row = torch.stack([*self.bad.values()], 1).int().tolist()
-        row["skipped"] = sum(skipped)
-        row["lr"] = learning_rate(self.step - 1, self.cfg)
-        if max(in_a_row) >= min(10, self.cfg.steps):
-            raise SystemExit(f"{max(in_a_row)} steps in a row had a loss or gradient that is not a "
-                             f"number, and were skipped; stopped at {row}; this batch: "
+        means = self.agree(means / self.world, dist.ReduceOp.SUM)
+        row = {"step": self.step, **dict(zip(self.terms, means))}
+        in_a_row = int(max(self.bad.values()))
+        if in_a_row >= 10:
+            raise SystemExit(f"{in_a_row} steps in a row had a loss or gradient that is not a number, "
+                             f"and were skipped; stopped at {row}; this batch: "
                              f"{', '.join(map(str, self.batch_names))}. The checkpoint, if there is "
                              "one, is from before; lower --lr, or look at these")
         seconds = time.perf_counter() - self.since
@@ -1019,16 +965,11 @@ class Run(ExitStack):
             file.write(json.dumps(row) + "\n")
         text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         self.bar.set_postfix_str(text)
-        if self.bar.disable or self.time_to_look:
+        if self.bar.disable:
             say(f"step {self.step} of {self.cfg.steps}: {text}")
         if self.time_to_look:
             with carry_on(self.out / "index.html"):
-                write_page(self.out, f"{self.title}: {self.out}", dataclasses.asdict(self.cfg))
-
-    @property
-    def picture(self):
-        """Where the picture of this step goes."""
-        return self.out / f"step_{self.step:06d}.gif"
+                write_page(self.out, f"{self.title}: {self.out}", asdict(self.cfg))
 
     def leave_if_asked(self):
         """End the run where a signal asked to, or where its last save failed."""
@@ -1041,50 +982,10 @@ class Run(ExitStack):
             raise SystemExit(128 + self.asked)
 
 
-def say(text, file=None):
-    """A line above the bar, in a log at once; where even the log is full, training goes on."""
-    with suppress(OSError):
-        tqdm.write(text, file)
-        (file or sys.stdout).flush()
-
-
-@contextmanager
-def carry_on(path):
-    """A picture, a page or a line that cannot be written is told in a line, and training goes on."""
-    try:
-        yield
-    except (OSError, SystemExit) as error:
-        say(f"could not write {path} ({error}); training goes on", sys.stderr)
-
-
-def beside(setting, other):
-    """How a message shows a setting next to another value: of a list what the other one lacks."""
-    if isinstance(setting, list):
-        return [name for name in setting if name not in other]
-    return setting
-
-
 def ignore_stops(_):
     """A loader ends with its run, not where a scheduler or Ctrl-C signals every process."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def can_compile(device):
-    """Whether torch.compile works here, which needs a C compiler and Python's headers."""
-    try:
-        torch.compile(torch.square)(torch.ones(1, device=device))
-    except Exception as error:                          # one for each part that may be missing
-        reason = str(error).strip().split("\n")[0]
-        print(f"torch.compile does not work here ({reason}): the same numbers, but slower")
-        return False
-    return True
-
-
-def names_of(clips, cfg, step):
-    """What a message calls the videos of a step."""
-    names = clips.files or range(len(clips))
-    return [names[i] for i, _ in batch_keys(clips, cfg, step)]
 
 
 if __name__ == "__main__":

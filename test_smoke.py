@@ -1592,9 +1592,6 @@ def test_resume_is_exact(run, films, tmp_path, monkeypatch, no_pictures, stage):
     expected = weights(whole)
     for name, value in weights(module.main([*words, "--out", str(tmp_path / "halves")])).items():
         assert torch.equal(value, expected[name]), f"{name} differs after resuming"
-    cfg = SimpleNamespace(**torch.load(whole, weights_only=True)["config"])
-    for row in log_of(tmp_path / "whole"):              # not the critic's
-        assert row["lr"] == nerv_vae.learning_rate(row["step"] - 1, cfg)
 
 
 def test_two_processes_are_one(folder_run, tmp_path, no_pictures):
@@ -1649,8 +1646,8 @@ def test_batchnorm_of_ranks_survives_large_means(monkeypatch):
     ranks = nerv_vae.BatchNorm(8)
     expected = alone(x.double())                        # two ranks with the same tokens have the same statistics
     monkeypatch.setattr(nerv_vae.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(nerv_vae.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(nerv_vae, "sum_over_ranks", lambda x: 2 * x)
+    monkeypatch.setattr(nerv_vae.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(nerv_vae, "of_all_ranks", lambda x: torch.cat([x, x]))
     torch.testing.assert_close(ranks(x), expected.float(), rtol=0, atol=5e-3)
     torch.testing.assert_close(ranks.running_var, alone.running_var.float(), rtol=1e-3, atol=0)
 
@@ -1704,7 +1701,7 @@ def test_bad_numbers_are_skipped_and_ten_in_a_row_stop(folder_run, tmp_path, mon
 
     monkeypatch.setattr(nerv_vae.F, "mse_loss", bad_third)
     path = nerv_vae.main([*base, "--out", str(tmp_path / "a"), *flags(settings)])
-    assert [row["skipped"] for row in log_of(tmp_path / "a")] == [0, 0, 1, 1, 1, 1]
+    assert [row["skipped"] for row in log_of(tmp_path / "a")] == [0, 0, 1, 0, 0, 0]
     adam, _ = torch.load(path, weights_only=True)["opts"]
     assert {float(state["step"]) for state in adam["state"].values()} == {5.0}
     assert all(value.isfinite().all() for value in weights(path).values())
@@ -1841,7 +1838,7 @@ def test_a_run_goes_on_as_itself_or_not_at_all(run, tmp_path, no_pictures):
     ckpt["classes"][5] = "walking"
     nerv_vae.save_checkpoint(path, ckpt)
     told = refusal(nerv_dit.main, "--vae", home / "vae/ckpt.pt", *words)
-    assert "classes ['walking'] (now ['bar pulsing'])" in told
+    assert "other classes, ['bar pulsing', 'walking']" in told
     vae = torch.load(home / "vae/ckpt.pt", weights_only=True)
     nerv_vae.save_checkpoint(home / "vae/ckpt.pt", {**vae, "step": 7})
     assert "vae_sha256" in refusal(nerv_dit.main, "--vae", home / "vae/ckpt.pt", *words)
