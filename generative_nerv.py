@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import math
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -46,6 +46,21 @@ class Layer(NamedTuple):
     gen_in: int                 # the tokens write kernel[:gen_out, :gen_in]
     gen_out: int
     ends_level: bool = False    # the last layer of its size: the residual joins here
+
+    @property
+    def numel(self):
+        """Numbers in the kernel."""
+        return self.c_in * self.c_out * self.k ** 2
+
+    @property
+    def generated(self):
+        """How many of them the tokens write."""
+        return self.gen_in * self.gen_out * self.k ** 2
+
+    @property
+    def flops(self):
+        """Floating-point operations for one frame, two for each multiply-add."""
+        return 2 * self.numel * self.grid ** 2
 
 
 def layer_plan(cfg):
@@ -115,10 +130,10 @@ def sinusoids(position, dim, base=10000.0):
     return torch.cat([angle.sin(), angle.cos()], -1)                    # (..., dim)
 
 
-def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):
+def positional_embedding(frame, size):
     """The decoder's only input besides the tokens: where in time and space a cell lies.
 
-    Shapes:  frame (T,) -> (T, 3 * dim, size, size) in [-1, 1]
+    Shapes:  frame (T,) -> (T, 48, size, size) in [-1, 1]
     Units:   `frame` counts training frames and is never divided by T, so fractions and extrapolation keep their
              meaning
     Source:  paper Sec. 3.2, A.2. Choice: the fastest wave of height and width turns by pi from a cell to the next,
@@ -127,11 +142,11 @@ def positional_embedding(frame, size, dim=PE_DIM, base=PE_BASE):
              a cell the fastest sine is 0 everywhere and its cosine 1, -1, 1 ..)
     """
     cell = math.pi * torch.arange(size, device=frame.device)
-    t = sinusoids(frame, dim, base)[:, :, None, None]                   # (T, dim, 1, 1)
-    t = t.expand(-1, -1, size, size)                                    # (T, dim, size, size)
-    y = sinusoids(cell, dim, base).T[None, :, :, None].expand_as(t)
-    x = sinusoids(cell, dim, base).T[None, :, None, :].expand_as(t)
-    return torch.cat([t, y, x], 1)                                      # (T, 3*dim, size, size)
+    time = sinusoids(frame, PE_DIM, PE_BASE)[:, :, None, None]          # (T, 16, 1, 1)
+    place = sinusoids(cell, PE_DIM, PE_BASE).T                          # (16, size)
+    shape = (len(frame), PE_DIM, size, size)
+    waves = [time, place[:, :, None], place[:, None, :]]                # time, height, width
+    return torch.cat([wave.expand(shape) for wave in waves], 1)         # (T, 48, size, size)
 
 
 # ---------------------------------------------------------------------------------------------- one layer
@@ -167,7 +182,7 @@ class ModulatedConv2d(nn.Module):
 
     def count_generated(self):
         """How many numbers the tokens supply to this layer."""
-        return self.layer.gen_out * self.layer.gen_in * self.layer.k ** 2
+        return self.layer.generated
 
     def generated(self, tokens):
         """The numbers that the tokens supply; where N does not divide them, the last ones are cut.
@@ -343,11 +358,6 @@ class PlainNeRV(nn.Module):
         return render(self.layers, self.convs, x, self.cfg.side)        # (T, 3, H, W)
 
 
-def flops(layer):
-    """Floating-point operations of a layer for one frame, two for each multiply-add."""
-    return 2 * layer.c_in * layer.c_out * layer.k ** 2 * layer.grid ** 2
-
-
 def main(argv=None):
     """Print Table A1 for a width and a resolution, layer by layer."""
     parser = argparse.ArgumentParser(
@@ -363,20 +373,17 @@ def main(argv=None):
     row = "{:<12} {:>16} {:>18} {:>18} {:>11} {:>12}"
     print(row.format("layer", "feature map", "kernel in, out", "generated in, out", "parameters",
                      "GFLOP/frame"))
-    total = 0
-    made = 0
     for layer in plan:
         k = layer.k
-        numel = layer.c_in * layer.c_out * k ** 2
-        total += numel
-        made += layer.gen_in * layer.gen_out * k ** 2
         print(row.format(layer.kind,
                          f"[{layer.c_out}, {layer.size}, {layer.size}]",
                          f"[{layer.c_in}, {layer.c_out}, {k}, {k}]",
                          f"[{layer.gen_in}, {layer.gen_out}, {k}, {k}]",
-                         f"{numel:,}",
-                         f"{flops(layer) / 1e9:.3f}"))
-    tflop = 16 * sum(flops(layer) for layer in plan) / 1e12
+                         f"{layer.numel:,}",
+                         f"{layer.flops / 1e9:.3f}"))
+    total = sum(layer.numel for layer in plan)
+    made = sum(layer.generated for layer in plan)
+    tflop = 16 * sum(layer.flops for layer in plan) / 1e12
     print(f"kernels {total / 1e6:.3f}M, of which generated for each video {made / 1e6:.3f}M "
           f"({made / total:.1%}); {tflop:.3f} TFLOP for 16 frames")
 
@@ -500,10 +507,10 @@ def ablated_convs(plan, cfg):
     kinds = {"channel": ModulatedConv2d, "fmm": FMMConv2d, "repeat": RepeatConv2d}
     kind = kinds[cfg.parameterization]
     if cfg.layer_tokens:
-        return own_tokens(kind, plan, cfg, *layer_token_slices(cfg, len(plan)))
+        return own_tokens(kind, plan, cfg, *layer_tokens(cfg, len(plan)))
     if cfg.reuse == "none":
-        all_columns = [cfg.token_dim] * len(plan)
-        return own_tokens(kind, plan, cfg, rows_by_block_size(cfg, plan), all_columns)
+        whole = [cfg.token_dim] * len(plan)
+        return own_tokens(kind, plan, cfg, tokens_by_block_size(cfg, plan), whole)
     convs = nn.ModuleList(kind(layer, cfg) for layer in plan)
     if cfg.reuse == "direct":                  # choice: one head, every layer reads the same values
         if cfg.parameterization != "channel":
@@ -514,33 +521,30 @@ def ablated_convs(plan, cfg):
     return convs
 
 
-def own_tokens(kind, plan, cfg, rows, columns):
-    """Layers that read some rows of the tokens and the first columns of them: each its own."""
+def own_tokens(kind, plan, cfg, counts, columns):
+    """Layers that share no tokens: each reads the next few rows, and the first columns of them."""
     convs = nn.ModuleList()
-    for layer, some, width in zip(plan, rows, columns):
-        if some.start == some.stop:
-            conv = FixedConv2d(layer, cfg)
+    start = 0
+    for layer, count, width in zip(plan, counts, columns):
+        if count:
+            conv = kind(layer, dataclasses.replace(cfg, tokens=count, token_dim=width))
         else:
-            share = dataclasses.replace(cfg, tokens=some.stop - some.start, token_dim=width)
-            conv = kind(layer, share)
-        conv.rows = some
+            conv = FixedConv2d(layer, cfg)
+        conv.rows = slice(start, start + count)
         conv.columns = width
         convs.append(conv)
+        start += count
     return convs
 
 
-def rows_by_block_size(cfg, plan):
+def tokens_by_block_size(cfg, plan):
     """Table 2b's "no reuse": one token for every layer, the others by block size, rounded on the running sum."""
     if cfg.tokens < len(plan):
         raise SystemExit(f"--reuse none needs at least {len(plan)} tokens, one for each layer")
-    sizes = [layer.gen_out * layer.gen_in * layer.k ** 2 for layer in plan]
-    rows = []
-    start = 0
-    for i, reached in enumerate(accumulate(sizes), 1):
-        end = i + round(reached / sum(sizes) * (cfg.tokens - len(plan)))
-        rows.append(slice(start, end))
-        start = end
-    return rows
+    sizes = [layer.generated for layer in plan]
+    spare = cfg.tokens - len(plan)
+    ends = [round(spare * reached / sum(sizes)) for reached in accumulate(sizes, initial=0)]
+    return [1 + end - start for start, end in pairwise(ends)]
 
 
 # ---------------------------------------------------------------------------------------------- NeRV-Enc
@@ -564,24 +568,23 @@ def nerv_dec_plan(cfg):
     return plan
 
 
-def layer_token_slices(cfg, layers):
+def layer_tokens(cfg, layers):
     """NeRV-Enc's layer-adaptive tokens: "4x256,0x0" gives the first layer 4 tokens of 256 numbers, the second none.
 
-    Returns the rows (slices) and the columns (counts) of the (N, d) tokens that each layer reads.
+    Returns how many rows, and how many columns of them, of the (N, d) tokens each layer reads.
     Raises: SystemExit when they are not one pair a layer, or do not add up to cfg.tokens rows of cfg.token_dim columns
     Source: NeRV-Enc A.5. Choice: all stand in one (N, d) tensor, so that everything else need not know; the shorter
             ones leave the end of their rows unused (zero)
     """
     try:
-        pairs = [[int(n) for n in pair.split("x")] for pair in cfg.layer_tokens.split(",")]
+        pairs = [map(int, pair.split("x")) for pair in cfg.layer_tokens.split(",")]
         counts, columns = zip(*pairs)
     except ValueError as error:
         raise SystemExit(f"--layer-tokens {cfg.layer_tokens} is not like 4x256,128x144,0x0") from error
     if len(pairs) != layers or sum(counts) != cfg.tokens or max(columns) != cfg.token_dim:
         raise SystemExit(f"--layer-tokens {cfg.layer_tokens} needs {layers} pairs, "
                          f"--tokens {sum(counts)} and --token-dim {max(columns)}")
-    ends = list(accumulate(counts))
-    return [slice(end - count, end) for end, count in zip(ends, counts)], columns
+    return counts, columns
 
 
 if __name__ == "__main__":
