@@ -286,16 +286,20 @@ def degrade(video, kind):
         flat = F.interpolate(small, R, mode="bilinear")
     elif kind == "blur":
         reach = R // 13 + 1
-        offset = torch.arange(-reach, reach + 1, device=video.device)
-        tap = torch.exp(-(offset * 40 / R) ** 2 / 2)
-        tap = (tap / tap.sum()).view(1, 1, 1, -1)
-        flat = F.pad(flat, [reach] * 4, mode="replicate")
-        flat = F.conv2d(F.conv2d(flat, tap), tap.mT)
+        flat = blur(F.pad(flat, [reach] * 4, mode="replicate"), R / 40, reach)
     elif kind == "inpaint":
         cell = torch.arange(R, device=video.device) * 8 // R
         hidden = (cell[:, None] * 2 + cell) % 7 == 0                    # (R, R): a knight's move apart
         flat = flat.masked_fill(hidden, 0.0)
     return flat.view_as(video)
+
+
+def blur(x, sigma, reach):
+    """A Gaussian over 2 r + 1 pixels a side, r = reach. Shapes: (n, 1, H, W) -> (n, 1, H - 2 r, W - 2 r)."""
+    offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    tap = torch.exp(-(offset / sigma) ** 2 / 2)
+    tap = (tap / tap.sum()).view(1, 1, 1, -1)
+    return F.conv2d(F.conv2d(x, tap), tap.mT)
 
 
 def psnr(a, b):
