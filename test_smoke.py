@@ -3171,7 +3171,7 @@ def test_bench_runs(tmp_path, monkeypatch, capsys):
         "training step", "2 DDPM steps"]
     named = {row["name"]: row for row in rows}
     plan = generative_nerv.layer_plan(nerv_vae.Config(**{**TINY, "model": "S"}))
-    want = 4 * sum(map(generative_nerv.flops, plan))
+    want = 4 * sum(layer.flops for layer in plan)
     assert 1 <= named["decode"]["tflop"] * 1e12 / want < 1.05                   # and the heads
     pass_of_dit = named["one pass of DiT"]["tflop"]
     assert named["training step, stage 2"]["tflop"] == pytest.approx(3 * pass_of_dit)
