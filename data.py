@@ -31,13 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
-
-try:
-    import fcntl                    # locks files; not on Windows
-except ImportError:
-    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +77,7 @@ def draw_toy(rng, label, frames, resolution):
         r = r * (1 + 0.4 * beat)[:, None, None]                                     # (T, 1, 1)
     else:
         angle = rng.uniform(0, 2 * np.pi)
-        reach = rng.uniform(0.45, 0.8)
-        way = reach * np.array([np.cos(angle), np.sin(angle)])          # (2,) first frame to last
+        way = rng.uniform(0.45, 0.8) * np.array([np.cos(angle), np.sin(angle)])     # (2,) first frame to last
         room = np.maximum(0.97 - r - abs(way) / 2, 0)                   # it stays in the picture
         centre = rng.uniform(-room, room) + np.outer(time, way)                     # (T, 2)
     grid = (np.arange(resolution) + 0.5) * 2 / resolution - 1                       # (R,)
@@ -100,7 +93,7 @@ def draw_toy(rng, label, frames, resolution):
         distance = np.maximum(abs(x) - r, abs(y) - 0.36 * r)
     cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]     # (T, 1, R, R); soft edges
     video = ground[:, None, None] + cover * (colour - ground)[:, None, None]
-    return torch.from_numpy(video.astype(np.float32))                               # (T, 3, R, R)
+    return torch.from_numpy(video).float()                                          # (T, 3, R, R)
 
 
 class ToyVideos:
@@ -191,7 +184,7 @@ class VideoFolder:
         """Which clip of video i: a slice of its frames, and whether it is mirrored."""
         frames = self.found[i]["frames"]
         steps = self.cfg.frames - 1
-        stride = self.cfg.stride or max((frames - 1) // max(steps, 1), 1)
+        stride = self.cfg.stride or (frames - 1) // max(steps, 1) or 1
         start = int(rng.integers(frames - steps * stride))
         part = slice(start, start + self.cfg.frames * stride, stride)
         return part, self.cfg.flip and rng.random() < 0.5
@@ -219,10 +212,10 @@ def read_clip(path, start, frames, stride, resolution):
     return from_uint8(read_frames(path, range(start, start + frames * stride, stride), resolution))
 
 
-class ClipsInMemory:
+class ClipsInMemory(VideoFolder):
     """A folder's videos, decoded once and kept, small and as bytes, on the training device.
 
-    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, labels (B,): the clips that
+    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, B labels: the clips that
              dataset[video, seed] gives
     Raises:  SystemExit in one line where memory is short, or a video broke since the scan
     """
@@ -230,25 +223,21 @@ class ClipsInMemory:
     def __init__(self, dataset, device):
         if not dataset.files:
             raise SystemExit("toy clips are drawn, not decoded: give --no-in-memory")
-        self.dataset = dataset
-        need = sum(found["frames"] for found in dataset.found) * 3 * dataset.cfg.resolution ** 2 / 1e9
-        room = free_memory(device) / 1e9
-        print(f"{len(dataset)} videos take {need:.3f} GB of memory ({device}: {room:.1f} GB free)")
-        if need > 0.8 * room:
-            raise SystemExit("they do not fit: give --no-in-memory, or fewer videos")
-        videos = in_threads(dataset.read, range(len(dataset)), desc="decoding videos")
+        self.__dict__.update(dataset.__dict__)          # the same videos, classes and labels
+        need = sum(found["frames"] for found in self.found) * 3 * self.cfg.resolution ** 2
+        if need > 0.8 * free_memory(device):
+            raise SystemExit(f"the videos take {need / 1e9:.3f} GB, more than {device} has free: "
+                             "give --no-in-memory, or fewer videos")
+        videos = in_threads(dataset.read, range(len(dataset)), "decoding videos")
         self.videos = [video.to(device) for video in videos]                        # (n, R, R, 3) each
 
+    def read(self, i, part):
+        """As a folder's, without the decoder. Shapes: -> (n, R, R, 3) uint8 on the device."""
+        return self.videos[i][part]
+
     def batch(self, keys):
-        """The clips of B (video, seed) keys, gathered, scaled and mirrored on the device."""
-        clips = []
-        for i, seed in keys:
-            part, mirrored = self.dataset.draw(i, np.random.default_rng(seed))
-            clip = self.videos[i][part]                                             # (T, R, R, 3)
-            if mirrored:
-                clip = clip.flip(-2)
-            clips.append(clip)
-        return from_uint8(torch.stack(clips)), self.dataset.labels[[i for i, _ in keys]]
+        """The clips and labels of B (video, seed) keys."""
+        return torch.utils.data.default_collate([self[key] for key in keys])
 
 
 # ------------------------------------------------------------------------------ what tasks ask of clips
@@ -266,8 +255,8 @@ def condition_video(video, kind):
         down, right = torch.gradient(grey, dim=(-2, -1))
         edges = 4 * torch.hypot(down, right) - 1                                    # no edge is black
         return edges.clamp(max=1).repeat_interleave(3, -3)
-    given = 5 if kind == "frames" else 1
-    index = torch.arange(video.shape[-4]).clamp(max=given - 1)
+    last = 4 if kind == "frames" else 0                                 # the last frame that is shown
+    index = torch.arange(video.shape[-4]).clamp(max=last)
     return video[..., index, :, :, :]
 
 
@@ -321,8 +310,7 @@ def to_uint8(video):
 
 def from_uint8(video):
     """Bytes to pixels. Shapes: (..., H, W, 3) uint8, numpy or not -> (..., 3, H, W) in [-1, 1]."""
-    video = torch.as_tensor(video).movedim(-1, -3).contiguous()
-    return (video / 127.5).sub_(1)
+    return torch.as_tensor(video).movedim(-1, -3).contiguous() / 127.5 - 1
 
 
 class Videos:
@@ -367,34 +355,30 @@ class Videos:
             append(self.path, to_uint8(videos), self.done)
             if tokens is not None:
                 append(self.tokens_path, tokens.float().cpu().numpy(), self.done)
-        self.about["labels"] += [int(label) for label in labels]
+        self.about["labels"] += map(int, labels)
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
+
+    def hashes(self):
+        """{name: sha256} of the files that are there."""
+        return {path.name: file_hash(path) for path in (self.path, self.tokens_path) if path.exists()}
 
     def close(self):
         """Finish: the checksums by which `open` knows that all is there."""
         if not self.about["sha256"]:                    # finished before: those checksums stay
-            for path in (self.path, self.tokens_path):
-                if path.exists():
-                    self.about["sha256"][path.name] = file_hash(path)
+            self.about["sha256"] = self.hashes()
             write_checked(self.about_path, self.about)
 
     @classmethod
     def open(cls, path):
         """Open for reading, after everything was checked."""
         self = cls(path)
-        if not self.about or not self.about["sha256"]:
-            raise SystemExit(f"{path} is unfinished or its .json damaged: make the clips again")
-        arrays = {}
-        try:
-            for name, known in self.about["sha256"].items():
-                file = self.path.with_name(name)
-                if file_hash(file) != known:
-                    raise ValueError(f"{name} has changed")
-                arrays[file] = np.load(file, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{path} is damaged ({error}); make the clips again") from error
-        self.pixels = arrays[self.path]
-        self.tokens = arrays.get(self.tokens_path)
+        known = self.about and self.about["sha256"]
+        if not known or known != self.hashes():
+            raise SystemExit(f"{path} is unfinished, or one of its files has changed: make the clips again")
+        self.pixels = np.load(self.path, mmap_mode="r")
+        self.tokens = None
+        if self.tokens_path.exists():
+            self.tokens = np.load(self.tokens_path, mmap_mode="r")
         self.shape = self.pixels.shape
         self.settings = self.about["settings"]
         self.classes = self.about["classes"]
@@ -469,8 +453,8 @@ def allowed(value, note):
 
 SUFFIXES = (".3gp .asf .avi .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob "
             ".webm .wmv .y4m").split()
-LEAVINGS = ("__macosx|@eadir|$recycle.bin|recycler|lost+found|#recycle|@recycle|"
-            "system volume information").split("|")
+LEAVINGS = (r"\..*|__macosx|@eadir|\$recycle\.bin|recycler|lost\+found|#recycle|@recycle|"
+            "system volume information")
 TREE = f"""a --data-root is expected to look like
     VIDEOS/
         ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi        one folder a class, any depth
@@ -483,7 +467,7 @@ def find_videos(cfg):
 
     Returns the root, names of files below it in order, and what was left out: {why: [names]}
     """
-    root = Path(os.path.abspath(cfg.data_root))         # a class may be called after it
+    root = Path(cfg.data_root).resolve()                # a class may be called after it
     names = []
     left_out = collections.defaultdict(list)
     if not cfg.data_root or not root.exists():
@@ -493,7 +477,7 @@ def find_videos(cfg):
     folders = [root]                                    # grows on the way
     seen = set()
     for folder in folders:
-        real = os.path.realpath(folder)
+        real = folder.resolve()
         if real in seen or not os.access(folder, os.R_OK | os.X_OK):
             left_out["folders linked twice or unreadable"].append(folder.name)
             continue
@@ -502,9 +486,9 @@ def find_videos(cfg):
         for path in sorted(folder.iterdir()):
             name = path.name
             suffix = path.suffix.lower()
-            if name.startswith(".") or name.casefold() in LEAVINGS:
+            if re.fullmatch(LEAVINGS, name, re.I | re.S):
                 why = "hidden or left by a system"
-            elif os.path.isdir(path):
+            elif path.is_dir():
                 folders.append(path)
                 continue
             elif name in ours:
@@ -566,27 +550,25 @@ def scan(root, names, index_path):
                 return before[name]
             return state | survey(root / name)
         except Exception as problem:                    # hostile files raise anything
-            return dict(frames=0, keys=[], error=repr(problem))
+            return dict(frames=0, error=repr(problem))
 
     try:
-        looks = in_threads(look, names, desc="scanning videos")
-        for name, found in zip(names, looks):
-            index[name] = found
+        index.update(zip(names, in_threads(look, names, "scanning videos")))    # one by one, as they come
     except KeyboardInterrupt:
-        raise SystemExit("stopped while scanning videos; the next run goes on from here") from None
+        raise SystemExit("stopped while scanning videos; the next run goes on from here")
     finally:
         if index != before:
             write_checked(index_path, index)            # what it knows of another folder stays
     return index
 
 
-def in_threads(work, items, **bar):
+def in_threads(work, items, desc):
     """work(item) of every item, in order, under a bar; the decoder releases the interpreter lock.
 
     Ctrl-C does not wait for long films: these threads end with the process.
     """
     with ThreadPool() as pool:
-        yield from progress(pool.imap(work, items), total=len(items), leave=False, **bar)
+        yield from progress(pool.imap(work, items), total=len(items), desc=desc)
 
 
 # ------------------------------------------------------------------------------ exact seeking
@@ -663,17 +645,15 @@ def read_frames(path, indices, resolution, keys=((0, None),)):
     Raises:  Unreadable, also where the file ends too early
     """
     problem = "it ends too early"
-    scaler = VideoReformatter()                         # PyAV's own has threads, which no fork survives
+    scaler = av.video.reformatter.VideoReformatter()    # PyAV's own has threads, which no fork survives
     nearest = max(key for key in keys if key[0] <= indices[0])
     for first, stamp in (nearest, (0, None)):           # 0: where a seek failed
         try:
-            pictures = []
-            numbers = range(first, indices[-1] + 1)
-            for k, (frame, show) in zip(numbers, decode(path, [], stamp)):
-                if k in indices:
-                    pictures.append(shrink(upright(frame, *show, scaler), resolution))
+            frames = zip(range(first, indices[-1] + 1), decode(path, [], stamp))
+            pictures = [shrink(upright(frame, *show, scaler), resolution)
+                        for k, (frame, show) in frames if k in indices]
             if len(pictures) == len(indices):
-                return torch.from_numpy(np.stack(pictures))
+                return torch.stack(pictures)
         except Exception as error:                      # hostile files raise anything
             problem = repr(error)
     raise Unreadable(f"cannot read frames {indices[0]}..{indices[-1]} of {str(path)!r}: {problem} "
@@ -708,7 +688,7 @@ def shrink(image, resolution):
     square = image[(H - side) // 2:, (W - side) // 2:][:side, :side].copy()
     x = torch.from_numpy(square).permute(2, 0, 1)[None]  # as uint8: float takes 4 times as long
     x = F.interpolate(x, resolution, mode="bilinear", antialias=True)
-    return x[0].permute(1, 2, 0).numpy()
+    return x[0].permute(1, 2, 0)
 
 
 # ------------------------------------------------------------------------------ files and processes
@@ -726,7 +706,7 @@ def one_line(path):
     try:
         yield
     except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror or error}") from error
+        raise SystemExit(f"cannot write {path}: {error.strerror or error}")
 
 
 def write_file(path, blob):
@@ -782,12 +762,17 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def text_of(path):
+    """The text of a file; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def written(folder):
     """Names of the files in a folder that `write_ours` wrote, in this order."""
-    try:
-        return (folder / ".written").read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError):
-        return []
+    return text_of(folder / ".written").split("\n")
 
 
 def write_ours(path, blob):
@@ -814,23 +799,25 @@ def claim(folder):
         lock = open(folder / ".lock", "a")
     with lock:                                          # the system lets go when the process ends
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"another run writes into {folder}; choose another --out") from None
-        except OSError:                                 # a network disk without locks
+            raise SystemExit(f"another run writes into {folder}; choose another --out")
+        except (ImportError, OSError):                  # Windows, or a network disk without locks
             pass
         yield
 
 
 def ranks():
     """(rank, world): which process this is, of how many, as torchrun says; (0, 1) without it."""
-    rank = os.environ.get("RANK") or "0"
-    world = os.environ.get("WORLD_SIZE") or "1"
-    digits = rank.isdecimal() and world.isdecimal()
-    if not digits or int(rank) >= int(world):
-        raise SystemExit(f"RANK={rank} WORLD_SIZE={world} is not as torchrun sets them: unset both")
-    return int(rank), int(world)
+    try:
+        rank = int(os.environ.get("RANK") or 0)
+        world = int(os.environ.get("WORLD_SIZE") or 1)
+        if 0 <= rank < world:
+            return rank, world
+    except ValueError:
+        pass
+    raise SystemExit("RANK and WORLD_SIZE are not as torchrun sets them: unset both")
 
 
 def alone(script):
@@ -841,18 +828,16 @@ def alone(script):
 
 def progress(iterable=None, quiet=False, **settings):
     """A tqdm bar on a terminal; none in a log file, with `quiet` or where TQDM_DISABLE is set."""
-    quiet = quiet or bool(os.environ.get("TQDM_DISABLE"))
-    return tqdm(iterable, disable=quiet or None, **settings)    # None: where there is no terminal
+    disable = quiet or os.environ.get("TQDM_DISABLE") or None           # None: where there is no terminal
+    return tqdm(iterable, disable=disable, **settings)
 
 
 def free_memory(device):
     """Bytes that are free on a device; infinite where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return math.inf
+    told = re.search(r"MemAvailable: *(\d+)", text_of(Path("/proc/meminfo")))
+    return int(told[1]) * 1024 if told else math.inf
 
 
 def load_lpips(name, device):
@@ -863,7 +848,7 @@ def load_lpips(name, device):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"no {name} weights for LPIPS ({error}): put torchvision's file into "
                          f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or do "
-                         "without it (stage 1: --lpips-weight 0; fvd.py: --lpips-net none)") from error
+                         "without it (stage 1: --lpips-weight 0; fvd.py: --lpips-net none)")
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -911,8 +896,7 @@ def save_video(path, video, fps=8):
     elif path.suffix == ".png":
         blob = iio.imwrite("<bytes>", frames[0], extension=".png")
     else:
-        blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264",
-                           fps=fps, in_pixel_format="rgb24")
+        blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
     write_ours(path, blob)
 
 
@@ -944,14 +928,11 @@ def write_page(folder, title, settings):
     """
     folder = Path(folder)
     rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):       # a stop may cut the last line off
-                rows.append(json.loads(line, parse_constant=lambda name: None))     # nan is no JSON
+    for line in text_of(folder / "log.jsonl").splitlines():
+        with contextlib.suppress(ValueError):           # a stop may cut the last line off
+            rows.append(json.loads(line, parse_constant=lambda name: None))         # nan is no JSON
     step = len(rows) // 500 + 1                         # a screen has no room for more points
-    sheet = None
-    with contextlib.suppress(FileNotFoundError):
-        sheet = json.loads((folder / "interp_sheet.json").read_text())
+    sheet = json.loads(text_of(folder / "interp_sheet.json") or "null")
     files = [name for name in reversed(written(folder)) if (folder / name).is_file()]
     about = dict(title=title, settings=settings, files=files, rows=rows[::-step][::-1], sheet=sheet)
     text = json.dumps(about, default=str).replace("<", "\\u003c")     # names may hold </script>

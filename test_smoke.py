@@ -1161,12 +1161,12 @@ def test_clips_are_shaped_scaled_and_mirrored(tree, tmp_path):
 
 
 @pytest.mark.parametrize("stride", [0, 1, 2])
-def test_clips_in_memory_are_the_loaders(tree, tmp_path, capsys, monkeypatch, stride):
+def test_clips_in_memory_are_the_loaders(tree, tmp_path, monkeypatch, stride):
     """Catches kept clips of other frames, unmirrored or with other labels; and memory taken that is not there."""
     videos = data.build_dataset(folder_config(tree, tmp_path, stride=stride))
     keys = [(i, seed) for i in range(len(videos)) for seed in range(5)]
     clips, labels = data.ClipsInMemory(videos, "cpu").batch(keys)
-    assert "GB" in capsys.readouterr().out and clips.dtype == torch.float32
+    assert clips.dtype == torch.float32
     assert torch.equal(clips, torch.stack([videos[key][0] for key in keys]))
     assert labels.tolist() == [videos[key][1] for key in keys]
     assert "--no-in-memory" in one_line(data.ClipsInMemory, data.ToyVideos(videos.cfg), "cpu")
@@ -1193,7 +1193,7 @@ def test_a_long_film_is_shrunk_frame_by_frame(tmp_path, monkeypatch):
 def test_threads_stop_when_the_caller_does():
     """Catches Ctrl-C that waits for a long film: whoever leaves the loop waits for no work that goes on."""
     wait = threading.Event()
-    results = data.in_threads(lambda item: item if item == 0 else wait.wait(60), range(3))
+    results = data.in_threads(lambda item: item if item == 0 else wait.wait(60), range(3), "")
     assert next(results) == 0
     since = os.times().elapsed
     results.close()                                     # what an exception in the loop does
