@@ -74,30 +74,33 @@ def frechet_distance(a, b):
     Source:  paper (Sec. 4.1), FVD of arXiv 1812.01717
              choice (not said): float64 and singular values; float32 and matrix roots miss by tenths
     """
-    a = a.double()
-    b = b.double()
-    root_a = covariance_root(a)
-    root_b = covariance_root(b)
-    shift = (a.mean(0) - b.mean(0)).square().sum()
+    mean_a, root_a = mean_and_root(a)
+    mean_b, root_b = mean_and_root(b)
+    shift = (mean_a - mean_b).square().sum()
     spread = torch.cat([root_a, root_b]).square().sum()                 # trace of both covariances
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()               # trace sqrt(cov_a cov_b)
     return max(0.0, (shift + spread - 2 * cross).item())
 
 
-def covariance_root(x):
-    """R with R^T R = covariance of the rows, which may be singular. Shapes: (n, d) -> (min(n, d), d)."""
-    return torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5
+def mean_and_root(x):
+    """Mean of the rows, and R with R^T R = their covariance, which may be singular.
+
+    Shapes:  (n, d) -> (d,), (min(n, d), d)
+    """
+    x = x.double()
+    mean = x.mean(0)
+    return mean, torch.linalg.qr(x - mean, mode="r").R / (len(x) - 1) ** 0.5
 
 
 def inception_score(probabilities):
-    """exp of the mean KL of each clip's class probabilities from their average. Shapes: (n, k) -> float.
+    """exp of the entropy of the average clip's classes, less the average entropy of a clip's.
 
+    Shapes:  (n, k) -> float
     Source:  paper (Table 1), IS of arXiv 1606.03498
              choice (not said): one split, as a tenth of the clips scores too low
     """
     p = probabilities.double()
-    kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))                  # (n, k)
-    return kl.sum(1).mean().exp().item()
+    return np.exp(entropy(p.mean(0)) - entropy(p) / len(p))
 
 
 def ssim(a, b):
@@ -107,8 +110,8 @@ def ssim(a, b):
     Source:  paper (Table A4), SSIM of Wang et al. 2004
              choice (not said): no padding, mean over red, green and blue
     """
-    x = (a.flatten(0, -3)[:, None].double() + 1) / 2                    # (n, 1, H, W) in [0, 1]
-    y = (b.flatten(0, -3)[:, None].double() + 1) / 2
+    planes = torch.stack([a, b]).flatten(1, -3)[:, :, None]             # (2, n, 1, H, W)
+    x, y = (planes.double() + 1) / 2                                    # in [0, 1]
     moments = torch.cat([x, y, x * x + y * y, x * y])
     mean_x, mean_y, both, cross = blur(moments, 1.5, 5).chunk(4)        # a window of 11 x 11
     product = mean_x * mean_y
@@ -159,25 +162,15 @@ def action_similarity(video, features, window):
              departs (E.6 takes all windows, and C3D): ours overlap by half, as neighbours are nearly
              equal, and the features are those of --features, as the public C3D gives probabilities
     """
-    windows = video.unfold(1, window, max(1, window // 2)).unbind(1)
+    windows = video.unfold(1, window, window // 2).unbind(1)
     w = len(windows)
     if w == 1:
         raise ValueError("--action-similarity takes clips of 1.5 windows or more")
     total = 0
     for part in windows:                                                # (B, 3, R, R, window)
-        total = total + F.normalize(features(part.movedim(-1, 1)), dim=-1)
-    cosines = total.square().sum(-1, keepdim=True)                      # (B, 1), w ones among them
+        total += F.normalize(features(part.movedim(-1, 1)))
+    cosines = total.square().sum(1, keepdim=True)                       # (B, 1), w ones among them
     return (cosines - w) / (w * (w - 1))
-
-
-def flickering(video):
-    """1 for a still. Shapes: (B, T, 3, R, R) -> (B, T - 1). Source: choice (not asked): VBench's formula."""
-    return 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
-
-
-def small_pixels(video):
-    """Means of 4 x 8 x 8 cells, for --novelty (choice). Shapes: (B, T, 3, R, R) -> (B, 768)."""
-    return F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8)).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------ new or remembered?
@@ -191,13 +184,14 @@ def nearest_videos(x, bank, video, width=1.0):
     Units:   differences are counted in `width`
     Raises:  ValueError for fewer than 3 videos
     """
-    video = torch.from_numpy(np.unique(video, return_inverse=True)[1])
-    x = torch.as_tensor(x / width).flatten(1)
-    nearest = torch.full((len(x), video.max() + 1), torch.inf)
-    if nearest.shape[1] < 3:
+    names, video = np.unique(video, return_inverse=True)
+    if len(names) < 3:
         raise ValueError("new or remembered? takes training clips of 3 videos or more")
+    video = torch.from_numpy(video)
+    x = (torch.as_tensor(x) / width).flatten(1)
+    nearest = torch.full((len(x), len(names)), torch.inf)
     for rows in torch.arange(len(bank)).split(1024):                    # the bank may be a file
-        part = torch.as_tensor(bank[rows] / width).float().flatten(1)
+        part = (torch.as_tensor(bank[rows]) / width).flatten(1)
         index = video[rows].expand(len(x), -1)
         nearest.scatter_reduce_(1, index, torch.cdist(x, part), "amin")
     return nearest.topk(3, largest=False).values
@@ -252,16 +246,15 @@ def copied_tokens(fake, cfg):
              the copies; with the nearest video left out they are what cannot be copies, as held-out
              clips have no tokens in the cache
     """
-    cache, video = open_tokens(cfg.tokens)
+    cache, video, _, logvar, drawn = open_tokens(cfg.tokens)
     kept = getattr(fake.dataset, "tokens", None)
     if kept is None or kept.shape[1:] != cache.shape[2:]:
         print("tokens are not compared: that takes samples with tokens beside them, and as "
               "--tokens the cache that their model learned from")
         return []
-    _, logvar, drawn = draw_tokens(cache, 256)
-    width = (logvar.mean(0) / 2).exp().numpy()                          # (N, d)
+    width = (logvar.mean(0) / 2).exp()                                  # (N, d)
     generated = nearest_videos(kept[fake.numbers], cache[:, 0], video, width)
-    anew = nearest_videos(drawn.numpy(), cache[:, 0], video, width)
+    anew = nearest_videos(drawn, cache[:, 0], video, width)
     return [
         *copy_rows("tokens, generated", generated),
         *copy_rows("tokens, training, drawn anew", anew),
@@ -279,16 +272,14 @@ def token_statistics(cfg):
              is dead where its mean varies by less than 0.01 over clips (arXiv 1509.00519)
              departs (A11 also crops at random in space): the cache holds what stage 2 learns from
     """
-    cache, video = open_tokens(cfg.tokens)
-    mean, _, z = draw_tokens(cache, 2048)
+    cache, video, mean, _, z = open_tokens(cfg.tokens)
     standard = (z - z.mean()) / z.std()
-    dead = mean.var(0) < 0.01                                           # (N, d)
     rows = [
         ("mean", z.mean(), f"of sampled tokens, {len(z)} of {len(cache)} clips"),
         ("std", z.std(), "the prior has 1"),
         ("skew", (standard ** 3).mean(), "a Gaussian has 0"),
         ("kurtosis", (standard ** 4).mean() - 3, "excess: a Gaussian has 0"),
-        ("dead dims", dead.float().mean(), "share whose mean varies by < 0.01"),
+        ("dead dims", (mean.var(0) < 0.01).float().mean(), "share whose mean varies by < 0.01"),
     ]
     some = video[torch.randperm(len(video))[:100]]
     chosen = torch.isin(video, some)                                    # (M,)
@@ -297,16 +288,11 @@ def token_statistics(cfg):
     if len(source) > k > 1:                                             # several clips of a video
         tokens = torch.from_numpy(cache[chosen, 0]).float().flatten(1)
         purity, nmi = purity_and_nmi(kmeans(tokens, k), source)
-        rows.append(("purity", purity, f"k-means of {len(source)} clips of {k} videos"))
-        rows.append(("NMI", nmi, "of the same clusters, 1 where each is a video"))
+        rows += [
+            ("purity", purity, f"k-means of {len(source)} clips of {k} videos"),
+            ("NMI", nmi, "of the same clusters, 1 where each is a video"),
+        ]
     return rows
-
-
-def draw_tokens(cache, n):
-    """Mean, log-variance and a draw of the posterior for n rows of a cache. -> three of (n, N, d)."""
-    rows = torch.randperm(len(cache))[:n]
-    mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
-    return mean, logvar, mean + (logvar / 2).exp() * torch.randn_like(mean)
 
 
 def kmeans(x, k):
@@ -315,10 +301,10 @@ def kmeans(x, k):
     Source:  choice (not said): every next centre is first the row farthest from those before, as
              random rows leave videos that lie apart in one cluster
     """
-    centres = x[:1]
-    while len(centres) < k:
-        far = torch.cdist(x, centres).amin(1).argmax()
-        centres = torch.cat([centres, x[far, None]])
+    chosen = [0]
+    while len(chosen) < k:
+        chosen.append(torch.cdist(x, x[chosen]).amin(1).argmax().item())
+    centres = x[chosen]
     for _ in range(20):
         cluster = torch.cdist(x, centres).argmin(1)
         member = F.one_hot(cluster, k).float()                          # (n, k)
@@ -331,10 +317,9 @@ def purity_and_nmi(cluster, source):
 
     Shapes:  cluster (n,), source (n,) -> two floats
     """
-    joint = F.one_hot(cluster).T.double() @ F.one_hot(source).double() / len(source)
+    joint = (F.one_hot(cluster).T @ F.one_hot(source)).double() / len(source)
     entropies = entropy(joint.sum(0)) + entropy(joint.sum(1))
-    information = entropies - entropy(joint)
-    return joint.amax(1).sum().item(), 2 * information / entropies
+    return joint.amax(1).sum().item(), 2 - 2 * entropy(joint) / entropies
 
 
 def entropy(p):
@@ -399,16 +384,15 @@ def questions(cfg):
     if cfg.c3d:
         c3d = load_torchscript(cfg.c3d)
 
-    def features(video):
-        size = cfg.fvd_resolution
-        if size:
-            frames = F.interpolate(video.flatten(0, 1), size, mode="bilinear", antialias=True)
-            video = frames.unflatten(0, video.shape[:2])
-        return network(video)
-
     def of_clip(video):
-        found = dict(features=features(video), pixels=small_pixels(video))
-        found["flickering"] = flickering(video)
+        seen = video                                                    # by the features
+        if cfg.fvd_resolution:
+            planes = video.flatten(1, 2)                                # (B, 3 T, R, R)
+            planes = F.interpolate(planes, cfg.fvd_resolution, mode="bilinear", antialias=True)
+            seen = planes.unflatten(1, (-1, 3))
+        cells = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8))
+        still = 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
+        found = dict(features=network(seen), pixels=cells.flatten(1), flickering=still)
         if cfg.features == "i3d":
             found["IS"] = found["features"].softmax(1)
         if cfg.c3d:
@@ -416,7 +400,7 @@ def questions(cfg):
         if lpips:
             found["fLPIPS"] = lpips_distance(video[:, 1:], video[:, :-1], lpips)
         if cfg.action_similarity:
-            found["action similarity"] = action_similarity(video, features, cfg.action_similarity)
+            found["action similarity"] = action_similarity(seen, network, cfg.action_similarity)
         return found
 
     def of_pair(a, b):
@@ -446,14 +430,13 @@ def distance_rows(name, real, fake):
     """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> rows."""
     n, d = real.shape
     m = len(fake)
-    half = n // 2
-    floor = frechet_distance(real[:half], real[half:])
+    floor = frechet_distance(*real.tensor_split(2))
     again = [frechet_distance(real, fake[torch.randint(m, (m,))]) for _ in range(5)]
-    note = f"{n} real, {m} fake clips; fewer than {2 * d} bias it upward"
     return [
-        (name, frechet_distance(real, fake), note),
+        (name, frechet_distance(real, fake),
+         f"{n} real, {m} fake clips; fewer than {2 * d} bias it upward"),
         (f"{name} spread", np.std(again, ddof=1), "deviation over 5 bootstraps of the fake side"),
-        (f"{name} floor", floor, f"real against real, {half} against {n - half} other clips"),
+        (f"{name} floor", floor, f"real against real, one half of the {n} clips against the other"),
     ]
 
 
@@ -477,8 +460,8 @@ def main(argv=None):
             print(f"  {key:<20}{str(value):.100}")
     finally:                        # also where somebody closed the pipe: | head
         results = {name: float(value) for name, value, _ in rows}
-        found = dict(results=results, protocol=protocol)
-        write_file(path, json.dumps(found, indent=1).encode())
+        text = json.dumps(dict(results=results, protocol=protocol), indent=1)
+        write_file(path, text.encode())
     if picture is not None:
         save_video(path.with_suffix(".gif"), picture)
     return path
@@ -504,12 +487,12 @@ def load_features(cfg):
     """The network of --features. Returns the name of its distance, and the network."""
     if cfg.features == "i3d":
         return "FVD", load_i3d(cfg.i3d)
+    name = f"FD-{Path(cfg.features).stem}"
     if cfg.features == "random":
         print("FD-random is not FVD: random convolutions rank damage to footage, but know no "
               "objects and no actions, and no published number compares with it")
-        return "FD-random", random_features
+        return name, random_features
     net = load_torchscript(cfg.features)
-    name = f"FD-{Path(cfg.features).stem}"
     return name, lambda video: net(video.transpose(1, 2)).flatten(1)
 
 
@@ -555,8 +538,7 @@ class Side:
         self.dataset = dataset
         self.cfg = cfg
         self.settings = getattr(dataset, "settings", {})
-        rng = np.random.default_rng(cfg.seed)
-        self.numbers = rng.permutation(len(dataset))[:cfg.n]
+        self.numbers = np.random.default_rng(cfg.seed).permutation(len(dataset))[:cfg.n]
 
     def __len__(self):
         return len(self.numbers)
@@ -576,12 +558,10 @@ def open_sides(cfg):
     """Both sides, and cfg with what their clips on disk say. SystemExit for what cannot be measured."""
     real = open_clips(cfg.real, ("original.npy", "samples.npy"))
     fake = open_clips(cfg.fake, ("samples.npy", "reconstruction.npy"))
-    unsaid = dict(frames=16, stride=1, resolution=128)
-    for clips in (fake, real):                          # where both are on disk the real side decides
-        if clips:
-            unsaid = dict(frames=clips.shape[1], stride=clips.settings.get("stride", 1),
-                          resolution=clips.shape[2])
-    cfg = replace(cfg, **{name: value for name, value in unsaid.items() if getattr(cfg, name) < 0})
+    told = getattr(real or fake, "settings", {})        # where both are on disk the real side decides
+    for name, usual in dict(frames=16, stride=1, resolution=128).items():
+        if getattr(cfg, name) < 0:
+            cfg = replace(cfg, **{name: told.get(name, usual)})
     for clips in (fake, real):
         if clips and (clips.shape[1] < cfg.frames or clips.shape[2] != cfg.resolution):
             raise SystemExit(f"{clips.path} has {clips.shape[1]} frames of {clips.shape[2]} pixels, "
@@ -605,35 +585,41 @@ def open_clips(spec, names):
 
 def open_videos(spec, split, cfg, held_out=False):
     """Toy clips, or those of a folder of videos, never mirrored."""
-    folder = spec and Path(spec).is_dir() and cfg.stride == int(cfg.stride)
+    folder = spec and Path(spec).is_dir() and cfg.stride % 1 == 0
     if spec != "toy" and not folder:
         raise SystemExit(f"{spec!r} is no folder of videos, nothing of sample.py's, and not toy: "
                          "give --real and --fake, or --tokens (of a folder: with a whole --stride)")
-    index = Path(cfg.out).with_suffix(".index")
-    wanted = dict(dataset=spec, data_root=spec, split=split, flip=False, out=index)
+    wanted = dict(dataset=spec, data_root=spec, split=split, flip=False,
+                  out=Path(cfg.out).with_suffix(".index"))
     return build_dataset(SimpleNamespace(**vars(cfg) | wanted), held_out)
 
 
 # ------------------------------------------------------------------------------------------ files
 
 def open_tokens(path):
-    """A token cache of nerv_dit.py: memory map (M, 2 or 3, N, d) and the video (M,) a row is from."""
+    """A token cache of nerv_dit.py, and mean, log-variance and a draw of the posterior of some rows.
+
+    Shapes:  -> memory map (M, 2 or 3, N, d), the video (M,) a row is from, three of (2048, N, d) at most
+    """
     try:
         cache = np.load(path, mmap_mode="r")
         video = json.loads(Path(path).with_suffix(".json").read_text())["videos"]
     except Exception as error:                          # damaged files raise anything
         raise SystemExit(f"{path} is no token cache of nerv_dit.py: {error}") from error
-    return cache, torch.tensor(video)
+    rows = torch.randperm(len(cache))[:2048]
+    mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
+    drawn = mean + (logvar / 2).exp() * torch.randn_like(mean)
+    return cache, torch.tensor(video), mean, logvar, drawn
 
 
 def protocol_of(real, fake, cfg):
     """Everything that decides the numbers, {name: value}."""
-    resize = "shorter side, bilinear, antialias; centre crop; bytes; never mirrored"
-    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__, resize=resize)
-    for role, side in (("real", real), ("fake", fake)):
+    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__,
+                    resize="shorter side, bilinear, antialias; centre crop; bytes; never mirrored")
+    for role, side in dict(real=real, fake=fake).items():
+        names = [side.dataset.classes[label] for label in side.dataset.labels[side.numbers]]
         protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset)}"
-        labels = side.dataset.labels[side.numbers]
-        protocol[f"{role}_labels"] = Counter(side.dataset.classes[label] for label in labels)
+        protocol[f"{role}_labels"] = Counter(names)
         for key, value in side.settings.items():
             protocol[f"{role}_{key}"] = value
     if Path(cfg.features).is_file():

@@ -2351,6 +2351,8 @@ def toy_clips(n, stream=0, size=32, frames=8):
 
 def keep(path, clips, tokens=None, classes=data.ToyVideos.classes, labels=None, **settings):
     """Clips on disk, as sample.py writes them."""
+    _, frames, _, _, resolution = clips.shape
+    settings = dict(frames=frames, resolution=resolution, stride=1) | settings
     videos = data.Videos.create(path, settings, list(classes))
     if labels is None:
         labels = np.arange(len(clips)) % len(classes)
