@@ -67,8 +67,8 @@ def draw_toy(rng, label, frames, resolution):
     shape = SHAPES[label // 2]
     motion = MOTIONS[label % 2]
     colour = ImageColor.getrgb(rng.choice(COLOURS))
-    colour = np.array(colour) / 127.5 - 1
-    ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, 3)    # dark grey, slightly tinted
+    colour = np.array(colour)[:, None, None] / 127.5 - 1                            # (3, 1, 1)
+    ground = rng.uniform(-0.75, -0.35) + rng.uniform(-0.05, 0.05, (3, 1, 1))        # dark grey, slightly tinted
     r = rng.uniform(0.44, 0.56)
     time = np.linspace(-0.5, 0.5, frames)                              # any T spans the same motion
     if motion == "pulsing":
@@ -92,8 +92,8 @@ def draw_toy(rng, label, frames, resolution):
     else:
         distance = np.maximum(abs(x) - r, abs(y) - 0.36 * r)
     cover = np.clip(0.5 - distance * resolution / 4, 0, 1)[:, None]     # (T, 1, R, R); soft edges
-    video = ground[:, None, None] + cover * (colour - ground)[:, None, None]
-    return torch.from_numpy(video).float()                                          # (T, 3, R, R)
+    video = ground + cover * (colour - ground)                                      # (T, 3, R, R)
+    return torch.from_numpy(video).float()
 
 
 class ToyVideos:
@@ -143,22 +143,22 @@ class VideoFolder:
         span = (cfg.frames - 1) * max(cfg.stride, 1) + 1
         self.classes = sorted({class_of(root / name) for name in names
                                if index[name]["frames"] >= span and group_of(name) in groups})
-        chosen = []
+        self.files = []
+        self.found = []
         for name in names:
             if index[name]["frames"] < span:
                 left_out[f"unreadable or shorter than {span} frames ({index_path})"].append(name)
             elif class_of(root / name) not in self.classes:
                 left_out["of a class that does not train"].append(name)
             elif held_out != (group_of(name) in groups):
-                chosen.append(name)
+                self.files.append(root / name)
+                self.found.append(index[name])
         if not held_out:
             for why, some in left_out.items():
                 print(f"{root}: left out {len(some)} {why}: {some[:3]}")
         if not self.classes:
             raise SystemExit(f"--data-root {root}: of {len(names)} videos none is readable, has {span} "
                              f"frames and is in the groups of --split {cfg.split}; {TREE}")
-        self.files = [root / name for name in chosen]
-        self.found = [index[name] for name in chosen]
         self.labels = np.array([self.classes.index(class_of(path)) for path in self.files], int)
 
     def __len__(self):
@@ -168,12 +168,8 @@ class VideoFolder:
         i, seed = key
         rng = np.random.default_rng(seed)
         for _ in range(10):         # a file that broke since the scan must not end a long run
-            part, mirrored = self.draw(i, rng)
             try:
-                clip = from_uint8(self.read(i, part))
-                if mirrored:
-                    clip = clip.flip(-1)
-                return clip, int(self.labels[i])
+                return self.draw(i, rng), int(self.labels[i])
             except Unreadable as error:
                 print(f"skipping: {error}", file=sys.stderr)
                 problem = error
@@ -181,13 +177,15 @@ class VideoFolder:
         raise problem
 
     def draw(self, i, rng):
-        """Which clip of video i: a slice of its frames, and whether it is mirrored."""
+        """One clip of video i, at random. Shapes: -> (T, 3, R, R)."""
         frames = self.found[i]["frames"]
         steps = self.cfg.frames - 1
         stride = self.cfg.stride or (frames - 1) // max(steps, 1) or 1
         start = int(rng.integers(frames - steps * stride))
-        part = slice(start, start + self.cfg.frames * stride, stride)
-        return part, self.cfg.flip and rng.random() < 0.5
+        clip = from_uint8(self.read(i, slice(start, start + self.cfg.frames * stride, stride)))
+        if self.cfg.flip and rng.random() < 0.5:
+            clip = clip.flip(-1)
+        return clip
 
     def read(self, i, part=slice(None)):
         """A slice of the frames of video i, all by default. Shapes: -> (n, R, R, 3) uint8."""
@@ -254,7 +252,7 @@ def condition_video(video, kind):
         grey = video.mean(-3, keepdim=True)                                         # (..., T, 1, R, R)
         down, right = torch.gradient(grey, dim=(-2, -1))
         edges = 4 * torch.hypot(down, right) - 1                                    # no edge is black
-        return edges.clamp(max=1).repeat_interleave(3, -3)
+        return edges.clamp(max=1).expand_as(video)
     last = 4 if kind == "frames" else 0                                 # the last frame that is shown
     index = torch.arange(video.shape[-4]).clamp(max=last)
     return video[..., index, :, :, :]
@@ -286,8 +284,7 @@ def degrade(video, kind):
 def blur(x, sigma, reach):
     """A Gaussian over 2 r + 1 pixels a side, r = reach. Shapes: (n, 1, H, W) -> (n, 1, H - 2 r, W - 2 r)."""
     offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    tap = torch.exp(-(offset / sigma) ** 2 / 2)
-    tap = (tap / tap.sum()).view(1, 1, 1, -1)
+    tap = torch.softmax(-(offset / sigma) ** 2 / 2, 0).view(1, 1, 1, -1)      # their sum is 1
     return F.conv2d(F.conv2d(x, tap), tap.mT)
 
 
@@ -431,10 +428,9 @@ def parse_config(cls, presets, argv=None, dataset=None):
         row = parser.parse_args(argv).dataset
         parser.set_defaults(**presets.get(row, {}))
     cfg = cls(**vars(parser.parse_args(argv)))
-    for name, note in notes.items():
-        value = getattr(cfg, name)
-        if not allowed(value, note):
-            parser.error(f"--{name.replace('_', '-')} {value!r}: {note}")
+    for name, value in vars(cfg).items():
+        if not allowed(value, notes[name]):
+            parser.error(f"--{name.replace('_', '-')} {value!r}: {notes[name]}")
     return cfg
 
 
@@ -662,8 +658,7 @@ def read_frames(path, indices, resolution, keys=((0, None),)):
 
 def upright(frame, aspect, matrix, scaler):
     """A frame as a player shows it: square pixels, turned, mirrored. Shapes: -> (H, W, 3) uint8."""
-    width = round(frame.width * aspect)
-    image = scaler.reformat(frame, width, format="rgb24", threads=1).to_ndarray()
+    image = scaler.reformat(frame, round(frame.width * aspect), format="rgb24", threads=1).to_ndarray()
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]      # x' = a x + c y, y' = b x + d y
         if abs(a) < abs(b):                             # a quarter turn
@@ -910,8 +905,7 @@ def to_gif(frames, fps):
     step = math.ceil(fps / 50)
     starts = np.arange(0, len(frames) + step, step) / fps
     delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
-    some = Image.fromarray(np.concatenate(frames[:, ::4, ::4]))
-    palette = some.quantize(255)
+    palette = Image.fromarray(np.concatenate(frames[:, ::4, ::4])).quantize(255)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames[::step]]
     file = io.BytesIO()
     pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:],
