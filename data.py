@@ -107,7 +107,7 @@ class ToyVideos:
 
     def __init__(self, cfg, held_out=False):
         self.cfg = cfg
-        self.stream = int(held_out)
+        self.held_out = held_out
         self.labels = np.arange(TOY_VIDEOS) % len(self.classes)
 
     def __len__(self):
@@ -116,7 +116,7 @@ class ToyVideos:
     def __getitem__(self, key):
         i, _ = key                  # a toy video has no other frames to choose from
         label = int(self.labels[i])
-        rng = np.random.default_rng([self.cfg.seed, self.stream, i])
+        rng = np.random.default_rng([self.cfg.seed, self.held_out, i])
         return draw_toy(rng, label, self.cfg.frames, self.cfg.resolution), label
 
 
@@ -341,17 +341,12 @@ class Videos:
             write_checked(self.about_path, fresh)       # first: a disk that is full later leaves no stranger
         return self
 
-    @property
-    def done(self):
-        """Clips written so far."""
-        return len(self.about["labels"])
-
     def add(self, videos, labels, tokens=None):
         """Append k clips. Shapes: videos (k, T, 3, R, R) in [-1, 1], labels k, tokens (k, N, d)."""
         with one_line(self.path):
-            append(self.path, to_uint8(videos), self.done)
+            append(self.path, to_uint8(videos), len(self))
             if tokens is not None:
-                append(self.tokens_path, tokens.float().cpu().numpy(), self.done)
+                append(self.tokens_path, tokens.float().cpu().numpy(), len(self))
         self.about["labels"] += map(int, labels)
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
 
@@ -383,7 +378,8 @@ class Videos:
         return self
 
     def __len__(self):
-        return len(self.labels)
+        """Clips written so far."""
+        return len(self.about["labels"])
 
     def __getitem__(self, key):
         i, _ = key
@@ -546,7 +542,7 @@ def scan(root, names, index_path):
                 return before[name]
             return state | survey(root / name)
         except Exception as problem:                    # hostile files raise anything
-            return dict(frames=0, error=repr(problem))
+            return dict(frames=0, error=[repr(problem)])
 
     try:
         index.update(zip(names, in_threads(look, names, "scanning videos")))    # one by one, as they come
@@ -626,12 +622,7 @@ def survey(path):
     # With B-frames in avi stamps do not name frames; after damage numbers may depend on the start.
     if damage or stamps != sorted(set(stamps) - {None}):
         keys = keys[:1]
-    return dict(frames=len(stamps), keys=keys, error="; ".join(damage[:3]))
-
-
-def count_frames(path):
-    """Number of frames that really decode. Raises what the decoder raises."""
-    return survey(path)["frames"]
+    return dict(frames=len(stamps), keys=keys, error=damage[:3])
 
 
 def read_frames(path, indices, resolution, keys=((0, None),)):
@@ -680,10 +671,9 @@ def shrink(image, resolution):
     """
     H, W, _ = image.shape
     side = min(H, W)
-    square = image[(H - side) // 2:, (W - side) // 2:][:side, :side].copy()
-    x = torch.from_numpy(square).permute(2, 0, 1)[None]  # as uint8: float takes 4 times as long
-    x = F.interpolate(x, resolution, mode="bilinear", antialias=True)
-    return x[0].permute(1, 2, 0)
+    square = torch.from_numpy(image[(H - side) // 2:, (W - side) // 2:][:side, :side].copy())
+    square = square.movedim(-1, 0)[None]                # (1, 3, side, side); float takes 4 times as long
+    return F.interpolate(square, resolution, mode="bilinear", antialias=True)[0].movedim(0, -1)
 
 
 # ------------------------------------------------------------------------------ files and processes

@@ -99,7 +99,7 @@ def generate(cfg, out, vae, dit):
     path = out / "samples.npy"
     store = Videos.create(path, settings, classes)
     k = cfg.batch or 16
-    batches = range(store.done, cfg.n, k)
+    batches = range(len(store), cfg.n, k)
     for first in data.progress(batches, desc="generating", unit="batch"):
         cond = told[first:first + k]                                            # (k,) or (k, N, d)
         tokens = sample_tokens(dit, cond, **start(cfg, dit, first, len(cond)))  # (k, N, d)
@@ -164,13 +164,13 @@ def reconstruct(cfg, out, vae, dit):
                     pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
     a = Videos.create(out / "original.npy", settings, clips.classes)
     b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
-    todo = range(min(a.done, b.done), len(chosen))
+    todo = range(min(len(a), len(b)), len(chosen))
     for i in data.progress(todo, desc="reconstructing", unit="clip"):
         video, label = clips[chosen[i], i]                                      # (T, 3, R, R)
         given = data.degrade(video[None].to(vae.device), vae.cfg.degrade)       # (1, T, 3, R, R)
-        if a.done == i:                                 # a stop between the two leaves one ahead
+        if len(a) == i:                                 # a stop between the two leaves one ahead
             a.add(video[None], [label])
-        if b.done == i:
+        if len(b) == i:
             b.add(vae.play(vae.encode(given)[0]), [label])
     a.close()
     b.close()
@@ -397,7 +397,7 @@ def file_tokens(path, vae):
     stride = vae.cfg.stride
     with nerv_vae.told(f"{path} has no readable clip of {T} frames at stride {stride}"):
         if stride == 0:                                 # the clip spreads over the whole video
-            stride = (data.count_frames(path) - 1) // max(T - 1, 1)
+            stride = (data.survey(path)["frames"] - 1) // max(T - 1, 1)
         clip = data.read_clip(path, 0, T, stride, vae.cfg.resolution)
     return vae.encode(clip[None].to(vae.device))[0][0], clip
 

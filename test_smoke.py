@@ -906,7 +906,7 @@ class LikeAConfig:
 def test_frame_k_is_frame_k(tree):
     """Catches a seek that lands beside the frame asked for, in every container."""
     for path in sorted(tree.rglob("v_*")) + [tree / "b/deep/one.gif"]:
-        assert data.count_frames(path) == 20, path
+        assert data.survey(path)["frames"] == 20, path
         for start in (0, 7, 16):
             clip = data.read_clip(path, start, 2, 3, 32)                            # frames start, start + 3
             level = (clip.mean((1, 2, 3)) + 1) * 127.5
@@ -1133,7 +1133,7 @@ def test_a_clip_looks_as_in_a_player(tmp_path):
             for _ in range(count):
                 file.mux(stream.encode(black))
             file.mux(stream.encode())
-    assert data.count_frames(tmp_path / "cover.mkv") == 12
+    assert data.survey(tmp_path / "cover.mkv")["frames"] == 12
 
 
 def test_a_file_deleted_while_training(tmp_path, capsys):
@@ -1332,7 +1332,7 @@ def test_videos_on_disk_grow_and_go_on(tmp_path):
     settings = dict(kind="samples", guidance=1.5, size=(8, 8))
     for first, last in ((0, 2), (2, 4), (4, 5)):
         store = data.Videos.create(path, settings, ["a", "b"])
-        assert store.done == first                      # a fresh process goes on
+        assert len(store) == first                      # a fresh process goes on
         store.add(clips[first:last], [0, 1, 1, 0, 1][first:last], tokens[first:last])
         with open(path, "ab") as file:
             file.write(b"half a clip")                  # what a kill leaves
@@ -1345,10 +1345,10 @@ def test_videos_on_disk_grow_and_go_on(tmp_path):
     assert np.array_equal(back.tokens, tokens.numpy())
     whole = torch.stack([back[i, 0][0] for i in range(5)])
     torch.testing.assert_close(whole, clips, rtol=0, atol=0.5001 / 127.5)
-    assert back[4, 7][1] == 1 and data.Videos.create(path, settings, ["a", "b"]).done == 5
-    assert data.Videos.create(path, settings, ["b", "a"]).done == 0                 # other classes: anew
+    assert back[4, 7][1] == 1 and len(data.Videos.create(path, settings, ["a", "b"])) == 5
+    assert len(data.Videos.create(path, settings, ["b", "a"])) == 0                 # other classes: anew
     make_videos(path)
-    assert data.Videos.create(path, {**settings, "guidance": 2}, ["a", "b"]).done == 0
+    assert len(data.Videos.create(path, {**settings, "guidance": 2}, ["a", "b"])) == 0
 
 
 def test_altered_videos_are_refused(tmp_path):
@@ -1384,7 +1384,7 @@ def test_a_full_disk_costs_no_clip(tmp_path, full_disk):
     assert "cannot write" in one_line(store.add, clips[3:], [0] * 6)
     full_disk()
     again = data.Videos.create(path, {}, ["a"])
-    assert again.done == 3
+    assert len(again) == 3
     again.add(clips[3:], [0] * 6)
     again.close()
     whole = path.read_bytes()
@@ -1402,7 +1402,7 @@ def test_a_disk_that_was_full_from_the_start(tmp_path, full_disk):
     full_disk(1000)
     assert "cannot write" in one_line(store.add, torch.zeros(9, 4, 3, 8, 8), [0] * 9)
     full_disk()
-    assert data.Videos.create(path, {}, ["a"]).done == 0
+    assert len(data.Videos.create(path, {}, ["a"])) == 0
 
 
 def test_a_gif_of_one_frame(tmp_path):
@@ -2814,7 +2814,7 @@ def test_film_ends_with_the_samples(run, lively, tmp_path, monkeypatch):
     out = run_sample(tmp_path, "--dit", lively, "--n", 2, "--film", "--sample-steps", 60)
     run_sample(tmp_path, "--dit", lively, "--n", 2, "--sample-steps", 60, "--mp4", 0)
     assert len(seen) == 50 + 38                         # the walk, then it holds
-    assert 60 < data.count_frames(out / "film.gif") <= 88                       # equal pictures in a row are one
+    assert 60 < data.survey(out / "film.gif")["frames"] <= 88             # equal pictures in a row are one
     dit = nerv_dit.load_dit(lively, "cpu")
     tokens = seen[-1][0] * dit.token_std + dit.token_mean
     kept = data.Videos.open(out / "samples.npy").tokens
@@ -3010,7 +3010,7 @@ def test_predict(run, by_image, tmp_path, monkeypatch):
     first = data.read_clip(clip, 0, 1, 1, 32).expand(4, -1, -1, -1)
     want = nerv_vae.load_vae(run.vae, "cpu").encode(first[None])[0]
     torch.testing.assert_close(torch.cat(told), want.expand(3, -1, -1), rtol=1e-4, atol=1e-4)
-    assert data.count_frames(out / "predict.gif") == 4 and (out / "predict.png").exists()
+    assert data.survey(out / "predict.gif")["frames"] == 4 and (out / "predict.png").exists()
 
 
 def test_exported_weights_sample_alike(run, lively, tmp_path):
@@ -3092,7 +3092,7 @@ def test_compress_and_decompress(run, tmp_path, capsys):
         assert torch.equal(stored, sample.unpack_tokens(sample.pack_tokens(tokens, bits))[1])
         assert header["vae_sha256"] == data.file_hash(run.vae)
     run_sample(tmp_path, *words, "--decompress", path)
-    assert data.count_frames(f"{path}.mp4") == data.count_frames(f"{path}.gif") == 4
+    assert data.survey(f"{path}.mp4")["frames"] == data.survey(f"{path}.gif")["frames"] == 4
     other = tmp_path / "other.pt"
     nerv_vae.save_checkpoint(other, {**torch.load(run.vae, weights_only=True), "step": 3})
     with pytest.raises(SystemExit, match="another tokenizer .* --vae"):
