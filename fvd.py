@@ -58,7 +58,7 @@ class Config:
     seed: int = 0                   # 0..4294967295: fixes the draws, and toy clips (as in training)
 
 
-PRESETS = {"any": {}, "k600": dict(fvd_resolution=64)}
+PRESETS = {"k600": dict(fvd_resolution=64)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -223,7 +223,7 @@ def copied_clips(real, fake, of_real, of_fake, ask, cfg):
     # Training clips with noise of 0.05, which is 32 dB: copies that are not exact.
     noisy = measure(lambda x: ask(x + 0.05 * torch.randn_like(x)), Side(real.dataset, few))
     sets = {"generated": of_fake, "training, with noise": noisy}
-    if not isinstance(real.dataset, Videos):
+    if not real.settings:                               # clips on disk have none held out
         held_out = Side(open_videos(cfg.real, cfg.split, cfg, held_out=True), few)
         if len(held_out):
             sets["real, held out"] = measure(ask, held_out)
@@ -281,8 +281,8 @@ def token_statistics(cfg):
         ("kurtosis", (standard ** 4).mean() - 3, "excess: a Gaussian has 0"),
         ("dead dims", (mean.var(0) < 0.01).float().mean(), "share whose mean varies by < 0.01"),
     ]
-    some = video[torch.randperm(len(video))[:100]]
-    chosen = torch.isin(video, some)                                    # (M,)
+    some = torch.randperm(len(video))[:100]
+    chosen = torch.isin(video, video[some])                             # (M,)
     names, source = video[chosen].unique(return_inverse=True)
     k = len(names)
     if len(source) > k > 1:                                             # several clips of a video
@@ -480,7 +480,7 @@ I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 
 def to_bytes(video):
     """What StyleGAN-V's networks are fed. Shapes: (B, T, 3, R, R) in [-1, 1] -> (B, 3, T, R, R) uint8."""
-    return torch.from_numpy(to_uint8(video)).permute(0, 4, 1, 2, 3).to(video.device)
+    return torch.from_numpy(to_uint8(video)).movedim(-1, 1).to(video.device)
 
 
 def load_features(cfg):
@@ -493,7 +493,7 @@ def load_features(cfg):
               "objects and no actions, and no published number compares with it")
         return name, random_features
     net = load_torchscript(cfg.features)
-    return name, lambda video: net(video.transpose(1, 2)).flatten(1)
+    return name, lambda video: net(video.transpose(1, 2))
 
 
 def load_i3d(path=""):
@@ -509,7 +509,7 @@ def load_i3d(path=""):
             break
         try:                        # to a temporary name, which is renamed when the hash fits
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=I3D_SHA256)
+            torch.hub.download_url_to_file(url, file, hash_prefix=I3D_SHA256)
         except (OSError, RuntimeError) as error:
             print(f"no I3D from {url}: {error}")
     net = load_torchscript(file, I3D_SHA256)
@@ -556,8 +556,8 @@ class Side:
 
 def open_sides(cfg):
     """Both sides, and cfg with what their clips on disk say. SystemExit for what cannot be measured."""
-    real = open_clips(cfg.real, ("original.npy", "samples.npy"))
-    fake = open_clips(cfg.fake, ("samples.npy", "reconstruction.npy"))
+    real = open_clips(cfg.real, "original.npy")
+    fake = open_clips(cfg.fake, "reconstruction.npy")
     told = getattr(real or fake, "settings", {})        # where both are on disk the real side decides
     for name, usual in dict(frames=16, stride=1, resolution=128).items():
         if getattr(cfg, name) < 0:
@@ -573,9 +573,9 @@ def open_sides(cfg):
     return real, fake, cfg
 
 
-def open_clips(spec, names):
+def open_clips(spec, of_a_pair):
     """Clips on disk, given by the .npy or by the folder that sample.py wrote; None for other sides."""
-    paths = [Path(spec) / name for name in ("", *names)]
+    paths = (Path(spec), Path(spec, "samples.npy"), Path(spec, of_a_pair))
     present = [path for path in paths if path.suffix == ".npy" and path.exists()]
     if len(present) > 1:
         raise SystemExit(f"{spec} holds {present[0].name} and {present[1].name}: name one")
