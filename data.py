@@ -182,7 +182,7 @@ class VideoFolder:
         steps = self.cfg.frames - 1
         stride = self.cfg.stride or (frames - 1) // max(steps, 1) or 1
         start = int(rng.integers(frames - steps * stride))
-        clip = from_uint8(self.read(i, slice(start, start + self.cfg.frames * stride, stride)))
+        clip = from_uint8(self.read(i, slice(start, start + steps * stride + 1, stride)))
         if self.cfg.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
         return clip
@@ -269,7 +269,7 @@ def degrade(video, kind):
     R = video.shape[-1]
     flat = video.reshape(-1, 1, R, R)                                               # (n, 1, R, R)
     if kind == "downsample":
-        small = F.interpolate(flat, max(R // 22, 1), mode="bilinear", antialias=True)
+        small = F.interpolate(flat, R // 22 or 1, mode="bilinear", antialias=True)
         flat = F.interpolate(small, R, mode="bilinear")
     elif kind == "blur":
         reach = R // 13 + 1
@@ -283,8 +283,8 @@ def degrade(video, kind):
 
 def blur(x, sigma, reach):
     """A Gaussian over 2 r + 1 pixels a side, r = reach. Shapes: (n, 1, H, W) -> (n, 1, H - 2 r, W - 2 r)."""
-    offset = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    tap = torch.softmax(-(offset / sigma) ** 2 / 2, 0).view(1, 1, 1, -1)      # their sum is 1
+    offset = torch.arange(-reach, reach + 1).to(x)
+    tap = torch.softmax(-(offset / sigma) ** 2 / 2, 0).view(1, 1, 1, -1)            # their sum is 1
     return F.conv2d(F.conv2d(x, tap), tap.mT)
 
 
@@ -843,8 +843,7 @@ def enlarge(video, side):
     scale = side // max(video.shape[-2:])
     if scale < 2:
         return video
-    flat = video.flatten(0, -4).float()
-    flat = F.interpolate(flat, scale_factor=scale, mode="bicubic")
+    flat = F.interpolate(video.flatten(0, -4).float(), scale_factor=scale, mode="bicubic")
     return flat.clamp(-1, 1).unflatten(0, video.shape[:-3])
 
 
@@ -864,8 +863,8 @@ def tile(videos, columns, labels=()):
         paper = Image.new("RGB", (W, top), "white")
         ImageDraw.Draw(paper).text((0, top), label, "black", font, "ld")
         video[..., 2:top + 2, 2:-2] = from_uint8(np.array(paper))
-    videos = videos.unflatten(0, (-1, columns))                         # (rows, columns, T, 3, h, w)
-    return videos.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
+    rows = [torch.cat(list(row), -1) for row in videos.split(columns)]              # (T, 3, h, W') each
+    return torch.cat(rows, -2)
 
 
 def save_video(path, video, fps=8):
