@@ -625,6 +625,11 @@ def survey(path):
     return dict(frames=len(stamps), keys=keys, error=damage[:3])
 
 
+def count_frames(path):
+    """Number of frames that really decode. Raises what the decoder raises."""
+    return survey(path)["frames"]
+
+
 def read_frames(path, indices, resolution, keys=((0, None),)):
     """Frames `indices` (ascending) of a video, exactly; begins at the last of `keys` before them.
 

@@ -397,7 +397,7 @@ def file_tokens(path, vae):
     stride = vae.cfg.stride
     with nerv_vae.told(f"{path} has no readable clip of {T} frames at stride {stride}"):
         if stride == 0:                                 # the clip spreads over the whole video
-            stride = (data.survey(path)["frames"] - 1) // max(T - 1, 1)
+            stride = (data.count_frames(path) - 1) // max(T - 1, 1)
         clip = data.read_clip(path, 0, T, stride, vae.cfg.resolution)
     return vae.encode(clip[None].to(vae.device))[0][0], clip
 

@@ -906,7 +906,7 @@ class LikeAConfig:
 def test_frame_k_is_frame_k(tree):
     """Catches a seek that lands beside the frame asked for, in every container."""
     for path in sorted(tree.rglob("v_*")) + [tree / "b/deep/one.gif"]:
-        assert data.survey(path)["frames"] == 20, path
+        assert data.count_frames(path) == 20, path
         for start in (0, 7, 16):
             clip = data.read_clip(path, start, 2, 3, 32)                            # frames start, start + 3
             level = (clip.mean((1, 2, 3)) + 1) * 127.5
@@ -1133,7 +1133,7 @@ def test_a_clip_looks_as_in_a_player(tmp_path):
             for _ in range(count):
                 file.mux(stream.encode(black))
             file.mux(stream.encode())
-    assert data.survey(tmp_path / "cover.mkv")["frames"] == 12
+    assert data.count_frames(tmp_path / "cover.mkv") == 12
 
 
 def test_a_file_deleted_while_training(tmp_path, capsys):
@@ -2814,7 +2814,7 @@ def test_film_ends_with_the_samples(run, lively, tmp_path, monkeypatch):
     out = run_sample(tmp_path, "--dit", lively, "--n", 2, "--film", "--sample-steps", 60)
     run_sample(tmp_path, "--dit", lively, "--n", 2, "--sample-steps", 60, "--mp4", 0)
     assert len(seen) == 50 + 38                         # the walk, then it holds
-    assert 60 < data.survey(out / "film.gif")["frames"] <= 88             # equal pictures in a row are one
+    assert 60 < data.count_frames(out / "film.gif") <= 88                       # equal pictures in a row are one
     dit = nerv_dit.load_dit(lively, "cpu")
     tokens = seen[-1][0] * dit.token_std + dit.token_mean
     kept = data.Videos.open(out / "samples.npy").tokens
@@ -3010,7 +3010,7 @@ def test_predict(run, by_image, tmp_path, monkeypatch):
     first = data.read_clip(clip, 0, 1, 1, 32).expand(4, -1, -1, -1)
     want = nerv_vae.load_vae(run.vae, "cpu").encode(first[None])[0]
     torch.testing.assert_close(torch.cat(told), want.expand(3, -1, -1), rtol=1e-4, atol=1e-4)
-    assert data.survey(out / "predict.gif")["frames"] == 4 and (out / "predict.png").exists()
+    assert data.count_frames(out / "predict.gif") == 4 and (out / "predict.png").exists()
 
 
 def test_exported_weights_sample_alike(run, lively, tmp_path):
@@ -3092,7 +3092,7 @@ def test_compress_and_decompress(run, tmp_path, capsys):
         assert torch.equal(stored, sample.unpack_tokens(sample.pack_tokens(tokens, bits))[1])
         assert header["vae_sha256"] == data.file_hash(run.vae)
     run_sample(tmp_path, *words, "--decompress", path)
-    assert data.survey(f"{path}.mp4")["frames"] == data.survey(f"{path}.gif")["frames"] == 4
+    assert data.count_frames(f"{path}.mp4") == data.count_frames(f"{path}.gif") == 4
     other = tmp_path / "other.pt"
     nerv_vae.save_checkpoint(other, {**torch.load(run.vae, weights_only=True), "step": 3})
     with pytest.raises(SystemExit, match="another tokenizer .* --vae"):
