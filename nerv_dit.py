@@ -42,28 +42,28 @@ class Config:
     vae: str = "out/vae/ckpt.pt"    # the tokenizer: checkpoint of nerv_vae.py
     dataset: str = "toy"            # toy|ucf|ucf256|k600|folder|laptop|workstation|nerv_enc: presets; default: --vae's
     data_root: str = ""             # folder of videos, if they have moved since stage 1
-    clips_per_video: int = 1        # 1..: random clips of each video in the token cache, some mirrored (choice)
+    clips_per_video: int = 1        # 1..: random clips of each video in the cache (choice)
     condition: str = "class"        # class|none|frames|image|edge: what a video is made from (paper Sec. 4.3, E.7)
     # transformer
     backbone: str = "dit"           # dit|gpt|latte: adaLN-Zero; prepended tokens, not causal; two axes (Table 3a)
     depth: int = 6                  # 0..: transformer blocks (paper: 24)
     heads: int = 4                  # 1..: attention heads (paper: 16)
     dim: int = 128                  # 1..: width (paper: 1024)
-    class_dropout: float = 0.1      # 0..1: how often the class is hidden in training, for guidance (choice: as DiT)
+    class_dropout: float = 0.1      # 0..1: how often the class is hidden (choice: as DiT)
     # loss
     min_snr_gamma: float = 5.0      # 0..: Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
-    scheduled_sampling: float = 0.5     # 0..1: chance of a second pass on the own step (Table 3b; 0.5: choice)
+    scheduled_sampling: float = 0.5     # 0..1: chance of a second pass (Table 3b; 0.5: choice)
     ss_ramp: float = 0.3            # 0..1: that chance rises linearly over this share of training (choice: as LARP)
     ss_stride: int = 1              # 1..999: the own step goes from t to t - stride (paper: 1)
     # optimisation
-    batch: int = 32                 # 1..: B, token sets per step (choice for the paper presets: 256, as DiT)
+    batch: int = 32                 # 1..: B, token sets per step (choice of 256: as DiT)
     steps: int = 1850               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
-    warmup: int = 100               # 0..: steps of linear warmup before the cosine (paper A.1; length: choice)
+    warmup: int = 100               # 0..: linear, before the cosine (A.1; length: choice)
     grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
     ema: float = 0.999              # 0..1: decay of the averaged weights (choice)
     # sampling
-    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic steps (choice: paper presets ddpm, as DiT)
+    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic (choice: as DiT)
     sample_steps: int = 50          # 2..1000: steps from noise to tokens (paper Table A3: 250)
     guidance: float = 3.0           # 0..: classifier-free guidance, 1 is off (paper A.1: 2)
     # run
@@ -84,15 +84,19 @@ class Config:
 
 PAPER = dict(
     clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4,
-    warmup=10_000, ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True, compile=True,
-    workers=8, log_every=100, eval_every=10_000)
-LAPTOP = dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700)
-WORKSTATION = dict(
-    clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300, bf16=True,
-    compile=True, workers=8, eval_every=3700)
-K600 = {**PAPER, "condition": "frames", "guidance": 1.0, "clips_per_video": 1}
-PRESETS = {"toy": {}, "laptop": LAPTOP, "workstation": WORKSTATION, "ucf": PAPER, "ucf256": PAPER,
-           "folder": PAPER, "nerv_enc": PAPER, "k600": K600}
+    warmup=10_000, ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True,
+    compile=True, workers=8, log_every=100, eval_every=10_000)
+PRESETS = {
+    "toy": {},
+    "laptop": dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700),
+    "workstation": dict(
+        clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300,
+        bf16=True, compile=True, workers=8, eval_every=3700),
+    "ucf": PAPER,
+    "ucf256": PAPER,
+    "folder": PAPER,
+    "nerv_enc": PAPER,
+    "k600": {**PAPER, "condition": "frames", "clips_per_video": 1}}
 MADE_BY = "python nerv_dit.py"      # stands in the checkpoint
 
 
@@ -106,20 +110,17 @@ class DiTBlock(nn.Module):
     Source:  DiT (Peebles & Xie 2023)
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, attention):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(dim, heads)
+        self.attention = attention
         self.mlp = mlp(dim)
         self.adaln = zeroed(nn.Linear(dim, 6 * dim))    # gates of zero
 
-    def attend(self, x):
-        return self.attention(x)
-
     def forward(self, x, steering):
         shift1, scale1, gate1, shift2, scale2, gate2 = steering.chunk(6, 1)  # (B, 1, dim) each
-        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -206,14 +207,14 @@ def zeroed(layer):
 
 # ---------------------------------------------------------------------------------------------- loss and sampler
 
-def noise_schedule(device="cpu"):
+def noise_schedule():
     """alpha_t and sigma_t of z_t = alpha_t * tokens + sigma_t * noise, t = 0 (almost data) .. 999 (almost noise).
 
     Shapes: -> (2, 1000): alpha, sigma; alpha^2 + sigma^2 = 1
     Source: paper Sec. 3.3 (the form). Choice: DDPM's linear betas 1e-4 .. 2e-2, as DiT
     """
     kept = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)).cumprod(0)  # alpha_t^2
-    return torch.stack([kept, 1 - kept]).sqrt().float().to(device)
+    return torch.stack([kept, 1 - kept]).sqrt().float()
 
 
 def min_snr_weight(snr, gamma):
@@ -277,7 +278,7 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
 
 
 @torch.no_grad()
-def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0, quiet=True):
+def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0):
     """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
 
     Guidance acts on all d channels: eps = eps_none + guidance * (eps_class - eps_none), both halves in one batch.
@@ -287,8 +288,8 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
     """
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
-    data = torch.tensor([[1.0], [0.0]])                 # alpha 1, sigma 0: there the last step ends
-    levels = torch.cat([noise_schedule()[:, times], data], 1)           # (2, steps+1)
+    data = torch.tensor([[1.0, 0.0]])                   # alpha 1, sigma 0: there the last step ends
+    levels = torch.cat([noise_schedule()[:, times].T, data])            # (steps+1, 2)
     times = times.to(noise.device)
     if sampler == "ddpm":
         first = 2 ** 31 + seed                          # far from the seeds of the starting noise
@@ -298,22 +299,23 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     if guided:
         cond = torch.cat([cond, torch.full_like(cond, model.classes)])  # (2B,): the class, no class
     z = noise                                           # stays float32 throughout
-    for i in progress(range(steps), quiet, desc="sampling", leave=False):
+    for i in progress(range(steps), desc="sampling", leave=False):
         # A GPU computes in bfloat16, whatever --bf16 says of training.
         with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-            if i % 10 == 0:             # ten steps at once, so that the weights that steer are read once
+            if i % 10 == 0:             # ten steps at once: weights that steer are read once
                 steering = model.steer(times[i:i + 10, None], cond)     # (10, 1 or 2B, m, dim)
             both = torch.cat([z, z]) if guided else z
             eps = model.denoise(both, steering[i % 10], cond)           # (B or 2B, N, d)
         if guided:
             eps, eps_none = eps.chunk(2)                                # (B, N, d) each
             eps = eps_none + guidance * (eps - eps_none)
-        alpha, sigma = levels[:, i]
+        now, then = levels[i:i + 2]
+        alpha, sigma = now
         guess = (z - sigma * eps) / alpha               # the tokens that eps implies
         if sampler == "ddpm":
-            z = ancestral_step(z, eps, levels[:, i], levels[:, i + 1], fresh[:, i])
+            z = ancestral_step(z, eps, now, then, fresh[:, i])
         else:
-            alpha, sigma = levels[:, i + 1]
+            alpha, sigma = then
             z = alpha * guess + sigma * eps
         yield torch.stack([z, guess]) * model.token_std + model.token_mean
 
@@ -330,8 +332,7 @@ def sample_tokens(model, cond, noise, *how, **settings):
 def measure_tokens(model, cache):
     """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
     if len(cache) < 2:
-        raise SystemExit("one clip cannot be told from noise: stage 2 needs two clips at least, better "
-                         "thousands")
+        raise SystemExit("stage 2 needs two clips at least, better thousands")
     rows = np.random.default_rng(0).permutation(len(cache))[:4096]
     mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)  # (m, N, d) each
     variance = mean.var(0) + logvar.exp().mean(0)                       # (N, d)
@@ -342,22 +343,23 @@ def measure_tokens(model, cache):
 def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl, pictures and a page. Returns the checkpoint's path."""
     with Run(cfg, MADE_BY, "stage 2") as run:
-        vae = load_vae(cfg.vae, run.device)
+        device = run.device
+        vae = load_vae(cfg.vae, device)
         cache, notes = cache_tokens(cfg, vae, run)                      # (M, 2 or 3, N, d)
         classes = notes["classes"]
         labels = torch.tensor(notes["labels"])                          # (M,)
 
         torch.manual_seed(cfg.seed)
         N, d = cache.shape[2:]
-        model = DiT(cfg, N, d, len(classes)).to(run.device)
+        model = DiT(cfg, N, d, len(classes)).to(device)
         measure_tokens(model, cache)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         run.keep([opt], model=model, ema=ema)
         run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
         forward = run.wrap(model)
-        schedule = noise_schedule(run.device)
-        run.start(f"{len(cache)} cached clips, {cfg.backbone} {size_of(model)} parameters, {N} tokens")
+        schedule = noise_schedule().to(device)
+        run.start(f"{len(cache)} cached clips, {N} tokens, {cfg.backbone} {size_of(model)} parameters")
 
         while run.step < cfg.steps:
             step = run.step
@@ -366,23 +368,23 @@ def train(cfg):
             rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]    # (B,), in the disk's order
             ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
             own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
-            t = torch.randint(own_step, 1000, (cfg.batch,), device=run.device)      # (B,)
-            hidden = torch.rand(cfg.batch, device=run.device) < cfg.class_dropout   # (B,)
-            noise = torch.randn(3, cfg.batch, N, d, device=run.device)  # for two passes, for the posterior
-            model.zero_grad(set_to_none=True)
+            t = torch.randint(own_step, 1000, (cfg.batch,), device=device)      # (B,)
+            hidden = torch.rand(cfg.batch, device=device) < cfg.class_dropout   # (B,)
+            noise = torch.randn(3, cfg.batch, N, d, device=device)  # two passes, posterior
+            model.zero_grad()
             for part in run.passes:
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
                 entry = torch.from_numpy(cache[rows[part]])             # (b, 2 or 3, N, d)
                 if run.cuda:
                     entry = entry.pin_memory()          # or the step waits for the GPU
-                entry = entry.to(run.device, non_blocking=True).float()
+                entry = entry.to(device, non_blocking=True).float()
                 mean, logvar, *condition = entry.unbind(1)              # (b, N, d) each
                 tokens = mean + (logvar / 2).exp() * noise[2, part]
                 tokens = model.normalise(tokens)                        # (b, N, d)
                 if model.by_tokens:
                     cond = condition[0]                                 # (b, N, d)
                 else:
-                    label = labels[rows[part]].to(run.device, non_blocking=True)
+                    label = labels[rows[part]].to(device, non_blocking=True)
                     cond = label.masked_fill(hidden[part], len(classes))    # (b,)
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
@@ -421,12 +423,14 @@ def make_block(cfg, tokens, i):
     if cfg.backbone == "gpt":
         return Block(cfg.dim, cfg.heads)
     if cfg.backbone == "latte":
-        return LatteBlock(cfg.dim, cfg.heads, tokens, 1 + i % 2)
-    return DiTBlock(cfg.dim, cfg.heads)
+        attention = AxisAttention(cfg.dim, cfg.heads, tokens, 1 + i % 2)
+    else:
+        attention = Attention(cfg.dim, cfg.heads)
+    return DiTBlock(cfg.dim, attention)
 
 
-class LatteBlock(DiTBlock):
-    """Attends along one axis of a grid of tokens only: rows in one block, columns in the next.
+class AxisAttention(Attention):
+    """Along one axis of a grid of tokens only: rows in one block, columns in the next.
 
     Source: Latte (paper Table 3a). Choice: the most square grid, 8 x 16 at 128 tokens
     """
@@ -437,9 +441,9 @@ class LatteBlock(DiTBlock):
         self.grid = (rows, tokens // rows)
         self.axis = axis                                # 1: in rows, 2: in columns
 
-    def attend(self, x):
+    def forward(self, x):
         lines = x.unflatten(1, self.grid).transpose(1, self.axis)       # (B, lines, length, dim)
-        y = self.attention(lines.flatten(0, 1)).view(lines.shape)
+        y = super().forward(lines.flatten(0, 1)).view(lines.shape)
         return y.transpose(1, self.axis).flatten(1, 2)                  # (B, L, dim)
 
 
@@ -501,16 +505,15 @@ def cache_tokens(cfg, vae, run):
     if vae.path.resolve() == run.path.resolve():
         raise SystemExit(f"--out {run.out} is where the tokenizer lies; choose another folder")
     root = cfg.data_root or vae.cfg.data_root
-    index = str(vae.path.parent)                        # where stage 1 left its index of the videos
-    there = replace(vae.cfg, dataset=cfg.dataset, data_root=root, out=index)
+    there = replace(vae.cfg, dataset=cfg.dataset, data_root=root,
+                    out=str(vae.path.parent))           # where stage 1 left its index of the videos
     with run.first_rank_first():
         clips = build_dataset(there)
     what = [vae.sha256, cfg.clips_per_video, cfg.seed, clips.classes, clips.labels.tolist()]
     if cfg.by_tokens:
         what.append(cfg.condition)
-    for file in clips.files or []:
-        state = file.stat()
-        what.append((file.name, state.st_size, state.st_mtime_ns))
+    if clips.files:
+        what.append(clips.found)                        # size and time of change of each file
     key = hashlib.sha256(str(what).encode()).hexdigest()[:12]
     path = vae.path.parent / f"tokens-{key}.npy"
     found = read_cache(path)
@@ -568,8 +571,8 @@ def fill_cache(cfg, vae, run, clips, path):
             part.replace(path)
         run.agree(0)
     except OSError as error:
-        raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the tokenizer "
-                         "to a folder that can be written, and name it with --vae") from error
+        raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the "
+                         "tokenizer to a folder with room, and name it with --vae") from error
     finally:
         part.unlink(missing_ok=True)
 

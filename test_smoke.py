@@ -732,7 +732,7 @@ def test_every_denoiser_trains_everywhere(backbone, condition):
 
 def test_a_new_block_is_the_identity():
     """Catches adaLN-Zero gates that do not start shut, and shift, scale or gate that change places."""
-    block = nerv_dit.DiTBlock(8, 2)
+    block = nerv_dit.DiTBlock(8, nerv_vae.Attention(8, 2))
     x = torch.randn(2, 5, 8)
     assert not block.adaln(torch.randn(2, 8)).any()
     told = torch.randn(2, 6, 8)
