@@ -572,7 +572,7 @@ def fill_cache(cfg, vae, run, clips, path):
         run.agree(0)
     except OSError as error:
         raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the "
-                         "tokenizer to a folder with room, and name it with --vae") from error
+                         "tokenizer to where you may write, and name it with --vae") from error
     finally:
         part.unlink(missing_ok=True)
 

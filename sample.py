@@ -18,7 +18,7 @@
 Letters: n videos, k of them at once, T frames, H = W = R pixels, N weight tokens, d channels each.
          lambda: 1 is video a, 0 is video b.
 Ranges:  pixels are in [-1, 1]; samples.npy holds uint8. mp4 and gif are lossy, for eyes only.
-Each mode is one function of the settings and of what was loaded: MODES lists them, main calls them.
+Each mode is one function with the name of its flag: MODES lists them, main calls them.
 """
 import json
 import os
@@ -39,7 +39,7 @@ import nerv_dit
 import nerv_vae
 from data import Videos, save_video, tile
 from generative_nerv import embed, render
-from nerv_dit import denoise_steps, sample_tokens
+from nerv_dit import denoise_steps, noise_of, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,17 @@ def generate(cfg, out, vae, dit):
     condition, classes, labels, told = asked(cfg, vae, dit, cfg.n)
     settings = dict(clip_settings(vae, cfg.long), n=cfg.n, seed=cfg.seed, asked=cfg.classes,
                     condition=condition, dit_sha256=dit.sha256, dit_step=dit.step, **dit.how)
-    path = out / "samples.npy"
-    store = Videos.create(path, settings, classes)
+    store = Videos.create(out / "samples.npy", settings, classes)
     k = cfg.batch or 16
-    batches = range(len(store), cfg.n, k)
-    for first in data.progress(batches, desc="generating", unit="batch"):
+    for first in data.progress(range(len(store), cfg.n, k), desc="generating"):
         cond = told[first:first + k]                                            # (k,) or (k, N, d)
         tokens = sample_tokens(dit, cond, **start(cfg, dit, first, len(cond)))  # (k, N, d)
         store.add(vae.play(tokens, frame), labels[first:first + k], tokens)
     store.close()
-    show_samples(cfg, out, Videos.open(path))
+    show_samples(cfg, out, Videos.open(store.path))
 
 
-def interpolate(cfg, out, vae, dit):
+def interp(cfg, out, vae, dit):
     """lambda * a + (1 - lambda) * b on the tokens of two videos.
 
     interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page.
@@ -117,8 +115,7 @@ def interpolate(cfg, out, vae, dit):
     a, b = two_ends(cfg, out, vae)                                                # (N, d) each
     lam = torch.linspace(1, 0, 25, device=vae.device)[:, None, None]         # (25, 1, 1)
     videos = vae.play(lam * a + (1 - lam) * b)                           # (25, T, 3, R, R)
-    T = videos.shape[1]
-    R = videos.shape[-1]
+    _, T, _, _, R = videos.shape
     sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
     save_video(out / "interp_sheet.png", sheet)
     about = dict(columns=25, rows=T, width=R, height=R)
@@ -127,17 +124,14 @@ def interpolate(cfg, out, vae, dit):
     show(cfg, out, "interp", videos[::3], 9, names)
 
 
-def interpolate_time(cfg, out, vae, dit):
+def time_interp(cfg, out, vae, dit):
     """The first video's weights asked for frames between the trained ones (Sec. 4.5.1)."""
-    k = cfg.time_interp
-    frame = torch.arange(vae.cfg.frames * k) / k                         # 0, 1/k .. T - 1/k
-    show_frames(cfg, out, vae, "time_interp", frame, k, cfg.fps * k)
+    show_frames(cfg, out, vae, "time_interp", vae.cfg.frames, cfg.time_interp)
 
 
 def extrapolate(cfg, out, vae, dit):
     """The first video's weights asked for as many frames again, which never trained (Sec. 4.5.1)."""
-    T = vae.cfg.frames
-    show_frames(cfg, out, vae, "extrapolate", torch.arange(2.0 * T), T, cfg.fps)
+    show_frames(cfg, out, vae, "extrapolate", 2 * vae.cfg.frames, 1)
 
 
 def predict(cfg, out, vae, dit):
@@ -148,7 +142,7 @@ def predict(cfg, out, vae, dit):
                          "trained with --condition frames, image or edge")
     clip = file_tokens(cfg.predict, vae)[1]                                     # (T, 3, R, R)
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
-    told = vae.encode(shown[None].to(vae.device))[0].expand(cfg.n, -1, -1)      # (n, N, d)
+    told = encode(shown, vae).expand(cfg.n, -1, -1)                             # (n, N, d)
     tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))              # (n, N, d)
     videos = torch.cat([clip[None], shown[None], vae.play(tokens)])             # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
@@ -158,20 +152,19 @@ def predict(cfg, out, vae, dit):
 def reconstruct(cfg, out, vae, dit):
     """Clips that did not train and what comes back: original.npy and reconstruction.npy, a pair."""
     clips, which = unseen_clips(cfg, vae)
-    order = np.random.default_rng(cfg.seed).permutation(len(clips))
-    chosen = order[:cfg.n].tolist()                     # one clip of each
+    chosen = np.random.default_rng(cfg.seed).permutation(len(clips))[:cfg.n].tolist()
     settings = dict(clip_settings(vae), which=which, seed=cfg.seed,
                     pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
     a = Videos.create(out / "original.npy", settings, clips.classes)
     b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
     todo = range(min(len(a), len(b)), len(chosen))
-    for i in data.progress(todo, desc="reconstructing", unit="clip"):
+    for i in data.progress(todo, desc="reconstructing"):
         video, label = clips[chosen[i], i]                                      # (T, 3, R, R)
-        given = data.degrade(video[None].to(vae.device), vae.cfg.degrade)       # (1, T, 3, R, R)
+        given = data.degrade(video, vae.cfg.degrade)                            # (T, 3, R, R)
         if len(a) == i:                                 # a stop between the two leaves one ahead
             a.add(video[None], [label])
         if len(b) == i:
-            b.add(vae.play(vae.encode(given)[0]), [label])
+            b.add(vae.play(encode(given, vae)), [label])
     a.close()
     b.close()
     a = Videos.open(a.path)
@@ -207,11 +200,10 @@ def compress(cfg, out, vae, dit):
 def decompress(cfg, out, vae, dit):
     """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
     header, numbers = read_nerv(cfg.decompress)
-    made_by = str(header.get("vae_sha256"))
+    made_by = header.get("vae_sha256")
     if made_by != vae.sha256 or len(numbers) != vae.decoder.used.sum():
-        raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae.path} (its "
-                         f"sha256 starts {made_by[:12]!r}, not {vae.sha256[:12]!r}); give that one "
-                         "with --vae")
+        raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae.path}; give "
+                         f"the one whose sha256 is {made_by!r} with --vae")
     video = play_numbers(numbers, vae)                                       # (T, 3, R, R)
     name = Path(cfg.decompress).name                    # clip.nerv.mp4: clip.mp4 is the original's
     save_video(out / f"{name}.mp4", video, cfg.fps)
@@ -263,7 +255,6 @@ def bench(cfg, out, vae, dit):
     device = nerv_vae.pick_device(cfg.device)
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = replace(nerv_vae.Config(**nerv_vae.PRESETS[preset]), model=cfg.model)
-    dc = nerv_dit.Config(**nerv_dit.PRESETS[preset])
     B = cfg.batch or 1
     R = c.resolution
     table = Table(device, f"{c.model}, {R} x {R}, batch {B}")
@@ -291,7 +282,8 @@ def bench(cfg, out, vae, dit):
     table.row(f"one frame of 1280 x {wide.shape[2] * cell}, instantiated",
               lambda: render(net.layers, net.convs, wide, c.side))
     table.training("training step, stage 1", vae, stage1, 3 * (encoding + decoding))
-    dit = nerv_dit.DiT(dc, c.tokens, c.token_dim, 101).to(device)
+    about = nerv_dit.Config(**nerv_dit.PRESETS[preset])
+    dit = nerv_dit.DiT(about, c.tokens, c.token_dim, 101).to(device)
     denoising = table.row("one pass of DiT", lambda: dit(z, t, t))
     table.training("training step, stage 2", dit, stage2, 3 * denoising)
     ready_to_sample(dit, cfg, device)
@@ -301,12 +293,10 @@ def bench(cfg, out, vae, dit):
     data.write_file(out / "bench.json", json.dumps(table.rows, indent=1).encode())
 
 
-MODES = dict(
-    bench=bench, compress=compress, decompress=decompress, reconstruct=reconstruct, film=film,
-    predict=predict, interp=interpolate, time_interp=interpolate_time, extrapolate=extrapolate,
-    export=export)
+MODES = [bench, compress, decompress, reconstruct, film, predict, interp, time_interp, extrapolate,
+         export]
 WITHOUT_DIT = {compress, decompress, reconstruct}
-OF_SAMPLES = {interpolate, interpolate_time, extrapolate}       # those of the same command
+OF_SAMPLES = {interp, time_interp, extrapolate}                 # those of the same command
 
 
 @torch.no_grad()
@@ -314,20 +304,21 @@ def main(argv=None):
     """Command line of sample.py. Returns the folder written to."""
     data.alone("sample.py")
     cfg = data.parse_config(Config, {}, argv)
-    modes = [mode for flag, mode in MODES.items() if getattr(cfg, flag)]
+    modes = [mode for mode in MODES if getattr(cfg, mode.__name__)]
     if not modes or OF_SAMPLES.intersection(modes):
         modes.insert(0, generate)
     if cfg.bench:
         modes = [bench]                                 # alone, or it would time the rest
-    with data.claim(cfg.out):
+    out = Path(cfg.out)
+    with data.claim(out):
         vae, dit = load(cfg, modes)
         try:
             for mode in modes:
-                mode(cfg, Path(cfg.out), vae, dit)
+                mode(cfg, out, vae, dit)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same command goes on with clips on disk") from None
-        data.write_page(cfg.out, "sample.py", asdict(cfg))
-    return Path(cfg.out)
+        data.write_page(out, "sample.py", asdict(cfg))
+    return out
 
 
 # -------------------------------------------------------------------------- The method ends here
@@ -345,17 +336,13 @@ def asked(cfg, vae, dit, n):
         order = np.random.default_rng(cfg.seed).permutation(len(clips))
         order = np.resize(order, n).tolist()            # in turn
         told = []
-        for seed, i in enumerate(data.progress(order, desc="encoding", unit="clip")):
-            video = clips[i, seed][0][None].to(vae.device)                      # (1, T, 3, R, R)
-            shown = data.condition_video(video, condition)
-            told.append(vae.encode(shown)[0])                                   # (1, N, d)
+        for seed, i in enumerate(data.progress(order, desc="encoding")):
+            shown = data.condition_video(clips[i, seed][0], condition)          # (T, 3, R, R)
+            told.append(encode(shown, vae))                                     # (1, N, d)
         condition += f" of {which} clips"
         return condition, clips.classes, clips.labels[order], torch.cat(told)
-    classes = ["video"]
-    labels = np.zeros(n, int)
-    if condition == "class":
-        classes = dit.class_names
-        labels = pick_labels(cfg.classes, classes, n)
+    classes = dit.class_names if condition == "class" else ["video"]
+    labels = pick_labels(cfg.classes, classes, n)
     return condition, classes, labels, torch.tensor(labels, device=vae.device)
 
 
@@ -383,12 +370,13 @@ def start(cfg, dit, first, k):
     Returns settings of `sample_tokens`. Shapes: noise (k, N, d)
     """
     seed = cfg.seed * 1_000_003 + first
-    noise = []
-    for i in range(k):
-        generator = torch.Generator().manual_seed(seed + i)
-        noise.append(torch.randn(dit.token_mean.shape, generator=generator))
-    noise = torch.stack(noise).to(dit.token_mean.device)
-    return dict(noise=noise, seed=seed, quiet=False, **dit.how)
+    noise = noise_of(range(seed, seed + k), dit.token_mean.shape)
+    return dict(noise=noise.to(dit.token_mean.device), seed=seed, **dit.how)
+
+
+def encode(clip, vae):
+    """Mean tokens of a clip. Shapes: (T, 3, R, R) -> (1, N, d)."""
+    return vae.encode(clip[None].to(vae.device))[0]
 
 
 def file_tokens(path, vae):
@@ -399,7 +387,7 @@ def file_tokens(path, vae):
         if stride == 0:                                 # the clip spreads over the whole video
             stride = (data.count_frames(path) - 1) // max(T - 1, 1)
         clip = data.read_clip(path, 0, T, stride, vae.cfg.resolution)
-    return vae.encode(clip[None].to(vae.device))[0][0], clip
+    return encode(clip, vae)[0], clip
 
 
 def two_ends(cfg, out, vae):
@@ -423,8 +411,8 @@ def unseen_clips(cfg, vae):
     known = data.read_checked(vae.path.with_name("index.json"))
     if known:
         root, names, _ = data.find_videos(about)
-        here = {name: os.path.getsize(root / name) for name in names}
-        if all(file.get("size") != here.get(name, -1) for name, file in known.items()):
+        here = {(name, os.path.getsize(root / name)) for name in names}
+        if here.isdisjoint((name, file.get("size")) for name, file in known.items()):
             return data.build_dataset(replace(about, split="all")), "unseen"
         about = replace(about, out=str(vae.path.parent))        # no need to look through them again
     clips = data.build_dataset(about, held_out=True)
@@ -507,7 +495,7 @@ def show_samples(cfg, out, clips):
             (out / name).unlink(missing_ok=True)
     names = [clips.classes[label] for label in clips.labels]
     films = min(cfg.mp4, len(clips))
-    for i in data.progress(range(films), desc="mp4", unit="file"):
+    for i in data.progress(range(films), desc="mp4"):
         save_video(out / mp4_name(i, len(clips), names[i]), clips[i, 0][0], cfg.fps)
     print(f"wrote {len(clips)} videos to {out}/samples.npy, the first {films} also as mp4")
     shown = data.from_uint8(clips.pixels[:64, ::cfg.long].copy())               # (k, T, 3, R, R)
@@ -536,12 +524,17 @@ def show(cfg, out, stem, videos, columns, names):
     print(f"wrote {out}/{stem}.gif and .png")
 
 
-def show_frames(cfg, out, vae, stem, frame, columns, fps):
-    """STEM.gif plays what the first video's weights give at times `frame`, STEM.png has four rows."""
+def show_frames(cfg, out, vae, stem, last, k):
+    """STEM.gif plays what the first video's weights give at times 0, 1/k .. last - 1/k.
+
+    STEM.png has four rows of as many frames as trained.
+    """
+    frame = torch.arange(last * k) / k
     video = vae.play(two_ends(cfg, out, vae)[:1], frame)[0]                     # (n, 3, R, R)
-    save_video(out / f"{stem}.gif", video, fps)
+    save_video(out / f"{stem}.gif", video, cfg.fps * k)
+    T = vae.cfg.frames
     labels = [f"t = {t:.3g}" for t in frame]
-    save_video(out / f"{stem}.png", tile(video[:4 * columns, None], columns, labels))
+    save_video(out / f"{stem}.png", tile(video[:4 * T, None], T, labels))
     print(f"wrote {out}/{stem}.gif and .png")
 
 

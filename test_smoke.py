@@ -2987,9 +2987,9 @@ def test_every_clip_gets_its_own_answer(run, by_image, tmp_path, monkeypatch):
     vae = nerv_vae.load_vae(run.vae, "cpu")
     held_out = data.build_dataset(vae.cfg, held_out=True)
     clips = data.Videos.open(out / "samples.npy")
-    assert [len(part) for part in seen] == 5 * [1]
+    assert len(seen) == 5
     assert "held-out" in clips.settings["condition"]
-    for i, clip in enumerate(torch.cat(seen)):
+    for i, clip in enumerate(seen):
         at = next(k for k in range(len(held_out)) if torch.equal(held_out[k, 0][0], clip))
         assert clips.labels[i] == held_out.labels[at]
         tokens = vae.encode(show(clip[None], "image"))[0][0]
