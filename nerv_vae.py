@@ -802,12 +802,8 @@ class Run(ExitStack):
 
     def wrap(self, model, compiled=True):
         """The same weights, compiled and with gradients averaged over ranks; `model` is saved."""
-        if compiled and self.cfg.compile and self.cuda:
-            try:                                        # it needs a C compiler and Python's headers
-                torch.compile(torch.square)(torch.ones(1, device=self.device))
-                model = torch.compile(model, dynamic=False)
-            except Exception as error:
-                say(f"torch.compile does not work here ({first_line(error)}): the same, but slower")
+        if compiled and self.cfg.compile and self.cuda and can_compile(self.device):
+            model = torch.compile(model, dynamic=False)
         if self.world > 1:
             model = DistributedDataParallel(model)
         return model
@@ -980,6 +976,16 @@ class Run(ExitStack):
             if self.rank == 0:
                 say(f"stopped at step {self.step}; the same command continues {self.path}")
             raise SystemExit(128 + self.asked)
+
+
+def can_compile(device):
+    """Whether torch.compile works here, which needs a C compiler and Python's headers."""
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+    except Exception as error:                          # one for each part that may be missing
+        say(f"torch.compile does not work here ({first_line(error)}): the same, but slower")
+        return False
+    return True
 
 
 def ignore_stops(_):
