@@ -206,10 +206,10 @@ def copy_rows(what, distance):
     """
     first, second = distance[:, :2].T
     ratio = first / second.clamp(min=1e-12)
-    medians = f"medians of d1 {first.median():.4g} and d2 {second.median():.4g}"
     return [
         (f"copies: {what}", (ratio < 1 / 3).double().mean(), "share with d1 < d2 / 3"),
-        (f"d1 / d2: {what}", ratio.median(), medians),
+        (f"d1 / d2: {what}", ratio.median(),
+         f"medians of d1 {first.median():.4g} and d2 {second.median():.4g}"),
     ]
 
 
@@ -343,7 +343,7 @@ NOTES = {                           # of the rows that are means of what is aske
 
 @torch.no_grad()
 def compare(cfg):
-    """Everything that the flags ask for. Returns rows, protocol, and a picture or None."""
+    """Everything that the flags ask for. Returns rows, the protocol, and a picture or None."""
     rows = []
     picture = None
     if cfg.tokens:
@@ -369,7 +369,17 @@ def compare(cfg):
     if cfg.novelty:
         copies, picture = copied_clips(real, fake, of_real, of_fake, of_clip, cfg)
         rows += copies
-    return rows, protocol_of(real, fake, cfg), picture
+    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__,
+                    resize="shorter side, bilinear, antialias; centre crop; bytes; never mirrored")
+    for role, side in dict(real=real, fake=fake).items():
+        names = [side.dataset.classes[label] for label in side.dataset.labels[side.numbers]]
+        protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset)}"
+        protocol[f"{role}_labels"] = Counter(names)
+        for key, value in side.settings.items():
+            protocol[f"{role}_{key}"] = value
+    if Path(cfg.features).is_file():
+        protocol["features_sha256"] = file_hash(cfg.features)
+    return rows, protocol, picture
 
 
 def questions(cfg):
@@ -387,8 +397,8 @@ def questions(cfg):
     def of_clip(video):
         seen = video                                                    # by the features
         if cfg.fvd_resolution:
-            planes = video.flatten(1, 2)                                # (B, 3 T, R, R)
-            planes = F.interpolate(planes, cfg.fvd_resolution, mode="bilinear", antialias=True)
+            planes = F.interpolate(video.flatten(1, 2), cfg.fvd_resolution, mode="bilinear",
+                                   antialias=True)                      # (B, 3 T, r, r)
             seen = planes.unflatten(1, (-1, 3))
         cells = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8))
         still = 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
@@ -468,7 +478,7 @@ def main(argv=None):
 
 
 # ------------------------------------------------------------------------------------------ The method ends here
-# Below: loading networks, opening and reading the sides, the protocol.
+# Below: loading networks, opening and reading the sides and the token cache.
 
 I3D_URLS = (
     "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
@@ -529,7 +539,7 @@ def load_torchscript(path, want=""):
                      f"{I3D_SHA256}) from {' or '.join(I3D_URLS)}, put there or given as --i3d PATH")
 
 
-# ------------------------------------------------------------------------------------------ the two sides
+# ------------------------------------------------------------------------------------------ the two sides, and the token cache
 
 class Side:
     """A dataset, and which of its clips are measured: up to n, one of each video, drawn by the seed."""
@@ -594,8 +604,6 @@ def open_videos(spec, split, cfg, held_out=False):
     return build_dataset(SimpleNamespace(**vars(cfg) | wanted), held_out)
 
 
-# ------------------------------------------------------------------------------------------ files
-
 def open_tokens(path):
     """A token cache of nerv_dit.py, and mean, log-variance and a draw of the posterior of some rows.
 
@@ -610,21 +618,6 @@ def open_tokens(path):
     mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
     drawn = mean + (logvar / 2).exp() * torch.randn_like(mean)
     return cache, torch.tensor(video), mean, logvar, drawn
-
-
-def protocol_of(real, fake, cfg):
-    """Everything that decides the numbers, {name: value}."""
-    protocol = dict(vars(cfg), device=DEVICE, torch=torch.__version__,
-                    resize="shorter side, bilinear, antialias; centre crop; bytes; never mirrored")
-    for role, side in dict(real=real, fake=fake).items():
-        names = [side.dataset.classes[label] for label in side.dataset.labels[side.numbers]]
-        protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset)}"
-        protocol[f"{role}_labels"] = Counter(names)
-        for key, value in side.settings.items():
-            protocol[f"{role}_{key}"] = value
-    if Path(cfg.features).is_file():
-        protocol["features_sha256"] = file_hash(cfg.features)
-    return protocol
 
 
 if __name__ == "__main__":
