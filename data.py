@@ -677,8 +677,9 @@ def shrink(image, resolution):
     H, W, _ = image.shape
     side = min(H, W)
     square = torch.from_numpy(image[(H - side) // 2:, (W - side) // 2:][:side, :side].copy())
-    square = square.movedim(-1, 0)[None]                # (1, 3, side, side); float takes 4 times as long
-    return F.interpolate(square, resolution, mode="bilinear", antialias=True)[0].movedim(0, -1)
+    # As bytes: float takes 4 times as long.
+    small = F.interpolate(square.movedim(-1, 0)[None], resolution, mode="bilinear", antialias=True)
+    return small[0].movedim(0, -1)                      # (1, 3, R, R) -> (R, R, 3)
 
 
 # ------------------------------------------------------------------------------ files and processes
