@@ -516,11 +516,9 @@ def cache_tokens(cfg, vae, run):
         what.append(clips.found)                        # size and time of change of each file
     key = hashlib.sha256(str(what).encode()).hexdigest()[:12]
     path = vae.path.parent / f"tokens-{key}.npy"
-    found = read_cache(path)
-    if run.agree(int(found is None)):
+    if run.agree(int(read_cache(path) is None)):
         fill_cache(cfg, vae, run, clips, path)
-        found = read_cache(path)
-    return found
+    return read_cache(path)
 
 
 def read_cache(path):

@@ -436,24 +436,22 @@ def clip_settings(vae, long=1):
 def load(cfg, modes):
     """The checkpoints that the modes need, checked against each other and against the flags."""
     device = nerv_vae.pick_device(cfg.device)
-    dit = None
     if cfg.bench:
         return None, None
+    dit = None
     if cfg.weights:
         cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
     if not WITHOUT_DIT.issuperset(modes):
         dit = nerv_dit.load_dit(cfg.dit, device)
+        dit.how = how_to_sample(cfg, dit)
         cfg = replace(cfg, vae=cfg.vae or dit.cfg.vae)
     vae = nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device)
     vae.device = device
-    if dit:
-        if vae.sha256 != dit.vae_sha256:
-            raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path} (its "
-                             f"sha256 starts {dit.vae_sha256[:12]}, not {vae.sha256[:12]}); say "
-                             "with --vae where that one is")
-        dit.how = how_to_sample(cfg, dit)
-        if not cfg.export:
-            ready_to_sample(dit, cfg, device)
+    if dit and vae.sha256 != dit.vae_sha256:
+        raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path}; say with "
+                         f"--vae where the one is whose sha256 is {dit.vae_sha256}")
+    if dit and not cfg.export:
+        ready_to_sample(dit, cfg, device)
     return vae, dit
 
 
