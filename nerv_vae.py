@@ -243,7 +243,7 @@ class NeRVEncoder(nn.Module):
 
 def recomputed(module, cfg, *inputs):
     """module(*inputs); with --checkpointing the backward pass computes it again, which takes less memory."""
-    if cfg.checkpointing and torch.is_grad_enabled():
+    if cfg.checkpointing:
         return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
 
@@ -591,7 +591,6 @@ def of_all_ranks(x):
     return torch.cat(all_gather(x))
 
 
-@torch.no_grad()
 def judge(model, clips, held_out, run):
     """PSNR in dB of at most 64 held-out clips through their mean tokens; of training clips where all train.
 
@@ -608,7 +607,7 @@ def judge(model, clips, held_out, run):
     clips = torch.stack([held_out[i, 0][0] for i in chosen])            # (n, T, 3, H, W)
     seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
     parts = []
-    for some in seen.split(run.share):                                  # no more than a training pass holds
+    for some in seen.split(run.rows.shape[1]):                          # no more than a training pass holds
         mean, _ = model.encode(some.to(run.device))
         parts.append(model.play(mean))
     recon = torch.cat(parts)                                            # (n, T, 3, H, W)
@@ -746,13 +745,12 @@ class Run(ExitStack):
         self.cuda = self.device.type == "cuda"
         self.out = Path(cfg.out)
         self.path = self.out / "ckpt.pt"
-        self.share, left = divmod(cfg.batch, self.world * cfg.grad_accum)   # clips of a pass
-        if left:
+        if cfg.batch % (self.world * cfg.grad_accum):
             raise SystemExit(f"--batch {cfg.batch} does not divide into {self.world} processes times "
                              f"--grad-accum {cfg.grad_accum}; it is what all do together in a step")
-        starts = range(self.rank * self.share, cfg.batch, self.world * self.share)
-        self.passes = [slice(start, start + self.share) for start in starts]
-        self.rows = np.r_[*self.passes]                 # of the batch, what this rank works on
+        rows = np.arange(cfg.batch).reshape(cfg.grad_accum, self.world, -1)
+        self.rows = rows[:, self.rank]                  # (passes, clips of a pass), this rank's
+        self.passes = [slice(row[0], row[-1] + 1) for row in self.rows]
         self.step = 0
         self.networks = {}
         self.opts = []
@@ -884,7 +882,7 @@ class Run(ExitStack):
 
     def batches(self, clips, steps):
         """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
-        keys = (batch_keys(clips, self.cfg, step)[self.rows] for step in steps)
+        keys = (batch_keys(clips, self.cfg, step)[self.rows.flat] for step in steps)
         if self.cfg.in_memory:
             self.memory = self.memory or ClipsInMemory(clips, self.device)
             loader = map(self.memory.batch, keys)
