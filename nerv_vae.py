@@ -17,9 +17,9 @@ again continues where it stopped.
 Letters: B videos, T frames, k of them decoded in a step, H = W pixels, P patches, N weight tokens, d channels a token.
 Ranges:  pixels are in [-1, 1]; tokens are roughly N(0, 1), as the KL term pulls them there; `frame` is 0..T-1.
 """
+import io
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, parse_config,
-                  progress, psnr, ranks, save_video, tile, write_page)
+                  progress, psnr, ranks, save_video, tile, write_file, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -490,6 +490,8 @@ def train(cfg):
             held_out = build_dataset(cfg, held_out=True)
             if cfg.lpips_weight:
                 perceptual = load_lpips(cfg.lpips_net, run.device)
+        if cfg.in_memory:
+            clips = ClipsInMemory(clips, run.device)
 
         torch.manual_seed(cfg.seed)
         model = NeRVVAE(cfg).to(run.device)
@@ -554,7 +556,7 @@ def train(cfg):
                 run.save()
             if run.time_to_log:
                 row = run.means()
-                row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-12))
+                row["psnr"] = -10 * math.log10(row["mse"] / 4 + 1e-12)
                 if run.time_to_look and run.rank == 0:
                     row.update(judge(ema, clips, held_out, run))
                 run.log(row, shown=("loss", "psnr", "kl_per_dim", "psnr_held_out", "psnr_train",
@@ -604,7 +606,7 @@ def judge(model, clips, held_out, run):
     chosen = np.random.default_rng(0).permutation(len(held_out))[:64]
     if run.cfg.overfit:
         chosen = [0]
-    clips = torch.stack([held_out[i, 0][0] for i in chosen])            # (n, T, 3, H, W)
+    clips = torch.stack([held_out[i, 0][0] for i in chosen]).cpu()      # (n, T, 3, H, W)
     seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
     parts = []
     for some in seen.split(run.rows.shape[1]):                          # no more than a training pass holds
@@ -635,23 +637,12 @@ FORMAT = 2              # counts changes of what the numbers in a checkpoint mea
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python beside `path`, flush, then rename: all or nothing.
-
-    Returns whether it was written: training can outlive a full disk
-    """
-    path = Path(path)
-    part = path.with_suffix(".part")
+    """Write a dict of tensors and plain Python, all or nothing. Returns whether it was written."""
+    blob = io.BytesIO()
+    torch.save({**state, "format": FORMAT}, blob)
     with carry_on(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                torch.save({**state, "format": FORMAT}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            return True
-        finally:
-            part.unlink(missing_ok=True)
+        write_file(Path(path), blob.getbuffer())
+        return True
     return False
 
 
@@ -690,8 +681,8 @@ def carry_on(path):
     """A file that cannot be written is told in a line, and training goes on."""
     try:
         yield
-    except (OSError, RuntimeError, SystemExit) as error:    # the second: torch's, of a full disk
-        say(f"could not write {path} ({first_line(error)}); what was there stays", sys.stderr)
+    except (OSError, SystemExit) as error:
+        say(f"could not write {path} ({error}); what was there stays", sys.stderr)
 
 
 def first_line(error):
@@ -758,8 +749,6 @@ class Run(ExitStack):
         self.bad = {}                                   # network -> skipped steps in a row
         self.heard = 0                                  # the last signal
         self.bar = None
-        self.saved = True
-        self.memory = None
         if self.rank == 0:
             self.enter_context(claim(self.out))
         with suppress(ValueError):                      # a thread may not have handlers
@@ -839,24 +828,23 @@ class Run(ExitStack):
         differ = []
         for name, now in {**asdict(self.cfg), **self.facts}.items():
             was = ckpt.get(name, now)
-            if name in HARMLESS or was == now:
-                continue
-            if isinstance(now, list):
-                differ.append(f"other {name}, {sorted(set(was) ^ set(now))}")
-            else:
+            if name not in HARMLESS and was != now:
                 differ.append(f"{name} {was} (now {now})")
         if differ:
             raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another "
                              "--out, or --no-resume")
 
     def save(self):
-        """Write the checkpoint; only rank 0 does."""
+        """Write the checkpoint; only rank 0 does. A full disk ends the run only where it ends anyway."""
         if self.rank == 0:
             state = dict(self.facts, step=self.step, made_by=self.made_by, config=asdict(self.cfg))
             state["opts"] = [opt.state_dict() for opt in self.opts]
             for name, network in self.networks.items():
                 state[name] = network.state_dict()
-            self.saved = save_checkpoint(self.path, state)
+            saved = save_checkpoint(self.path, state)
+            if not saved and (self.asked or self.step == self.cfg.steps):
+                raise SystemExit(f"stopped at step {self.step}, and the last save of {self.path} "
+                                 "failed: make room and give the same command again")
 
     # ---- steps
 
@@ -884,8 +872,7 @@ class Run(ExitStack):
         """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
         keys = (batch_keys(clips, self.cfg, step)[self.rows.flat] for step in steps)
         if self.cfg.in_memory:
-            self.memory = self.memory or ClipsInMemory(clips, self.device)
-            loader = map(self.memory.batch, keys)
+            loader = map(clips.batch, keys)
         else:
             loader = torch.utils.data.DataLoader(
                 clips, batch_sampler=keys, num_workers=self.cfg.workers,
@@ -966,10 +953,7 @@ class Run(ExitStack):
                 write_page(self.out, f"{self.title}: {self.out}", asdict(self.cfg))
 
     def leave_if_asked(self):
-        """End the run where a signal asked to, or where its last save failed."""
-        if not self.saved and (self.asked or self.step == self.cfg.steps):
-            raise SystemExit(f"stopped at step {self.step}, and the last save of {self.path} failed: "
-                             "make room and give the same command again")
+        """End the run where a signal asked to."""
         if self.asked:
             if self.rank == 0:
                 say(f"stopped at step {self.step}; the same command continues {self.path}")

@@ -1733,8 +1733,8 @@ def test_a_full_disk_costs_no_checkpoint(run, tmp_path, capsys, monkeypatch, ful
     assert "last save" in told and "make room" in told
     errors = capsys.readouterr().err.splitlines()
     assert all(line.startswith("could not write") for line in errors), errors
-    for name in ("ckpt.pt", "log.jsonl", "index.html"):
-        assert sum(name in line for line in errors) == 2
+    for name, failed in (("ckpt.pt", 2), ("log.jsonl", 1), ("index.html", 1)):
+        assert sum(name in line for line in errors) == failed
     assert not list(tmp_path.glob("*.part"))
     assert nerv_vae.load_checkpoint(first, "cpu", module.MADE_BY)["step"] == 1
     assert torch.load(module.main(words), weights_only=True)["step"] == 3
@@ -1838,7 +1838,7 @@ def test_a_run_goes_on_as_itself_or_not_at_all(run, tmp_path, no_pictures):
     ckpt["classes"][5] = "walking"
     nerv_vae.save_checkpoint(path, ckpt)
     told = refusal(nerv_dit.main, "--vae", home / "vae/ckpt.pt", *words)
-    assert "other classes, ['bar pulsing', 'walking']" in told
+    assert re.search(r"classes \[.*'walking'.*\(now .*'bar pulsing'", told)
     vae = torch.load(home / "vae/ckpt.pt", weights_only=True)
     nerv_vae.save_checkpoint(home / "vae/ckpt.pt", {**vae, "step": 7})
     assert "vae_sha256" in refusal(nerv_dit.main, "--vae", home / "vae/ckpt.pt", *words)
