@@ -706,7 +706,10 @@ def write_file(path, blob):
     with one_line(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(blob)
+            with open(part, "wb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())                 # or a power cut leaves it empty
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
