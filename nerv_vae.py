@@ -35,7 +35,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -792,7 +791,7 @@ class Run(ExitStack):
         if compiled and self.cfg.compile and self.cuda and can_compile(self.device):
             model = torch.compile(model, dynamic=False)
         if self.world > 1:
-            model = DistributedDataParallel(model)
+            model = nn.parallel.DistributedDataParallel(model)
         return model
 
     def autocast(self):
