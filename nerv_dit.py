@@ -51,13 +51,14 @@ class Config:
     dim: int = 128                  # 1..: width (paper: 1024)
     class_dropout: float = 0.1      # 0..1: how often the class is hidden (choice: as DiT)
     # loss
+    predict: str = "noise"          # noise|velocity: what the transformer answers (paper A.1: noise)
     min_snr_gamma: float = 5.0      # 0..: Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
     scheduled_sampling: float = 0.5     # 0..1: chance of a second pass (Table 3b; 0.5: choice)
     ss_ramp: float = 0.3            # 0..1: that chance rises linearly over this share of training (choice: as LARP)
     ss_stride: int = 1              # 1..999: the own step goes from t to t - stride (paper: 1)
     # optimisation
     batch: int = 32                 # 1..: B, token sets per step (choice of 256: as DiT)
-    steps: int = 1850               # 1..: optimizer steps (paper A.1: 1M)
+    steps: int = 1100               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
     warmup: int = 100               # 0..: linear, before the cosine (A.1; length: choice)
     grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
@@ -71,7 +72,7 @@ class Config:
     compile: bool = False           # torch.compile on CUDA
     workers: int = 0                # 0..: loader processes of each rank for the token cache
     log_every: int = 50             # 1..: steps between lines of log.jsonl
-    eval_every: int = 925           # 1..: steps between sample pictures and checkpoints
+    eval_every: int = 550           # 1..: steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
     seed: int = 0                   # 0..4294967295: fixes initial weights, clips and noise
     resume: bool = True             # continue from out/ckpt.pt; --no-resume starts over, the old one is ckpt.old.pt
@@ -87,8 +88,8 @@ PAPER = dict(
     warmup=10_000, ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True,
     compile=True, workers=8, log_every=100, eval_every=10_000)
 PRESETS = {
-    "toy": {},
-    "laptop": dict(clips_per_video=4, dim=192, steps=8500, eval_every=1700),
+    "toy": dict(predict="velocity"),
+    "laptop": dict(predict="velocity", clips_per_video=4, dim=192, steps=8500, eval_every=1700),
     "workstation": dict(
         clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300,
         bf16=True, compile=True, workers=8, eval_every=3700),
@@ -151,13 +152,15 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         if cfg.backbone != "gpt":
             self.final_adaln = zeroed(nn.Linear(dim, 2 * dim))
-        self.out = zeroed(nn.Linear(dim, token_dim))    # the first guess is: no noise
+        self.out = zeroed(nn.Linear(dim, token_dim))    # the first answer is 0
+        self.register_buffer("schedule", noise_schedule(), persistent=False)
         # Of the cache: tokens are normalised with them, and those that leave the sampler scaled back.
         self.register_buffer("token_mean", torch.zeros(tokens, token_dim))
         self.register_buffer("token_std", torch.ones(tokens, token_dim))
 
     def forward(self, z, t, cond):
-        return self.denoise(z, self.steer(t, cond), cond)
+        answer = self.denoise(z, self.steer(t, cond), cond)
+        return self.noise_in(z, answer, self.schedule[:, t, None, None])
 
     def steer(self, t, cond):
         """What time and class tell the blocks: six vectors each, and two for the output.
@@ -192,6 +195,17 @@ class DiT(nn.Module):
             x = block(x, steering)
         shift, scale = final.chunk(2, 1)                                # (B, 1, dim) each
         return self.out(self.norm(x) * (1 + scale) + shift).float()     # (B, N, d)
+
+    def noise_in(self, z, answer, level):
+        """The noise eps in z = alpha * tokens + sigma * eps that the transformer's answer stands for.
+
+        It is the noise itself, or the velocity alpha * eps - sigma * tokens. Shapes: z, answer (B, N, d) -> the same
+        Source: velocity: Salimans & Ho 2022. Departs, small presets only: classes come out cleaner after a short run
+        """
+        if self.cfg.predict == "noise":
+            return answer
+        alpha, sigma = level
+        return sigma * z + alpha * answer
 
     def normalise(self, tokens):
         """Tokens of the tokenizer to mean 0, std 1. Shapes: (B, N, d) -> (B, N, d)."""
@@ -281,7 +295,7 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
 def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0):
     """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
 
-    Guidance acts on all d channels: eps = eps_none + guidance * (eps_class - eps_none), both halves in one batch.
+    Guidance acts on all d channels: none + guidance * (class - none), both answers from one batch.
     There is none without classes.
     Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
     Shapes:  noise (B, N, d), cond as DiT -> (B, N, d) twice, scaled back to the tokenizer's units
@@ -305,12 +319,13 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
             if i % 10 == 0:             # ten steps at once: weights that steer are read once
                 steering = model.steer(times[i:i + 10, None], cond)     # (10, 1 or 2B, m, dim)
             both = torch.cat([z, z]) if guided else z
-            eps = model.denoise(both, steering[i % 10], cond)           # (B or 2B, N, d)
+            answer = model.denoise(both, steering[i % 10], cond)        # (B or 2B, N, d)
         if guided:
-            eps, eps_none = eps.chunk(2)                                # (B, N, d) each
-            eps = eps_none + guidance * (eps - eps_none)
+            answer, none = answer.chunk(2)                              # (B, N, d) each
+            answer = none + guidance * (answer - none)
         now, then = levels[i:i + 2]
         alpha, sigma = now
+        eps = model.noise_in(z, answer, now)
         guess = (z - sigma * eps) / alpha               # the tokens that eps implies
         if sampler == "ddpm":
             z = ancestral_step(z, eps, now, then, fresh[:, i])
@@ -358,7 +373,6 @@ def train(cfg):
         run.keep([opt], model=model, ema=ema)
         run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
         forward = run.wrap(model)
-        schedule = noise_schedule().to(device)
         run.start(f"{len(cache)} cached clips, {N} tokens, {cfg.backbone} {size_of(model)} parameters")
 
         while run.step < cfg.steps:
@@ -388,7 +402,7 @@ def train(cfg):
                     cond = label.masked_fill(hidden[part], len(classes))    # (b,)
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
-                    loss = diffusion_loss(forward, tokens, noise[:2, part], t[part], cond, schedule,
+                    loss = diffusion_loss(forward, tokens, noise[:2, part], t[part], cond, model.schedule,
                                           cfg.min_snr_gamma, own_step)
                 (loss / cfg.grad_accum).backward()
                 run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
