@@ -96,26 +96,28 @@ def draw_toy(rng, label, frames, resolution):
     return torch.from_numpy(video).float()
 
 
+@dataclass
 class ToyVideos:
     """Moving shapes, drawn on the fly; the held-out ones come from another random stream.
 
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     """
 
+    cfg: object
+    held_out: bool = False
     classes = [f"{shape} {motion}" for shape in SHAPES for motion in MOTIONS]
     files = None                    # no files to name
 
-    def __init__(self, cfg, held_out=False):
-        self.cfg = cfg
-        self.held_out = held_out
-        self.labels = np.arange(TOY_VIDEOS) % len(self.classes)
+    @property
+    def labels(self):
+        return np.arange(TOY_VIDEOS) % len(self.classes)
 
     def __len__(self):
-        return len(self.labels)
+        return TOY_VIDEOS
 
     def __getitem__(self, key):
         i, _ = key                  # a toy video has no other frames to choose from
-        label = int(self.labels[i])
+        label = int(i % len(self.classes))
         rng = np.random.default_rng([self.cfg.seed, self.held_out, i])
         return draw_toy(rng, label, self.cfg.frames, self.cfg.resolution), label
 
@@ -138,8 +140,7 @@ class VideoFolder:
         self.cfg = cfg
         groups = split_groups(cfg.split)
         root, names, left_out = find_videos(cfg)
-        index_path = Path(cfg.out) / "index.json"
-        index = scan(root, names, index_path)
+        index = scan(root, names, Path(cfg.out) / "index.json")
         span = (cfg.frames - 1) * max(cfg.stride, 1) + 1
         self.classes = sorted({class_of(root / name) for name in names
                                if index[name]["frames"] >= span and group_of(name) in groups})
@@ -147,7 +148,7 @@ class VideoFolder:
         self.found = []
         for name in names:
             if index[name]["frames"] < span:
-                left_out[f"unreadable or shorter than {span} frames ({index_path})"].append(name)
+                left_out[f"unreadable or shorter than {span} frames ({cfg.out}/index.json)"].append(name)
             elif class_of(root / name) not in self.classes:
                 left_out["of a class that does not train"].append(name)
             elif held_out != (group_of(name) in groups):
@@ -331,14 +332,13 @@ class Videos:
     def create(cls, path, settings, classes):
         """Open for appending; goes on where the clips there have these settings and classes."""
         self = cls(path)
-        fresh = dict(settings=settings, classes=classes, labels=[], sha256={})
-        fresh = json.loads(json.dumps(fresh))           # as it will be read back
+        asked = json.loads(json.dumps(dict(settings=settings, classes=classes)))    # as it is read back
         there = self.path.exists()
-        if not self.about and (there or self.about_path.exists()):
-            raise SystemExit(f"{path} or its .json is damaged or not ours: move both away")
-        if not there or {**self.about, "labels": [], "sha256": {}} != fresh:
-            self.about = fresh
-            write_checked(self.about_path, fresh)       # first: a disk that is full later leaves no stranger
+        if there and not self.about:
+            raise SystemExit(f"{path} is not ours, as it has no .json beside it: move it away")
+        if not there or not asked.items() <= self.about.items():
+            self.about = dict(asked, labels=[], sha256={})
+            write_checked(self.about_path, self.about)  # first: a disk that is full later leaves no stranger
         return self
 
     def add(self, videos, labels, tokens=None):
@@ -445,8 +445,8 @@ def allowed(value, note):
 
 SUFFIXES = (".3gp .asf .avi .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob "
             ".webm .wmv .y4m").split()
-LEAVINGS = (r"\..*|__macosx|@eadir|\$recycle\.bin|recycler|lost\+found|#recycle|@recycle|"
-            "system volume information")
+LEAVINGS = ("__macosx,@eadir,$recycle.bin,recycler,lost+found,#recycle,@recycle,"
+            "system volume information").split(",")
 TREE = f"""a --data-root is expected to look like
     VIDEOS/
         ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi        one folder a class, any depth
@@ -478,19 +478,16 @@ def find_videos(cfg):
         for path in sorted(folder.iterdir()):
             name = path.name
             suffix = path.suffix.lower()
-            if re.fullmatch(LEAVINGS, name, re.I | re.S):
-                why = "hidden or left by a system"
+            if name.startswith(".") or name.lower() in LEAVINGS:
+                left_out["hidden or left by a system"].append(name)
             elif path.is_dir():
                 folders.append(path)
-                continue
             elif name in ours:
-                why = "written by a run of ours"
+                left_out["written by a run of ours"].append(name)
             elif suffix in SUFFIXES:
                 names.append(str(path.relative_to(root)))
-                continue
             else:
-                why = f"{suffix or 'other'} files"
-            left_out[why].append(name)
+                left_out[f"{suffix or 'other'} files"].append(name)
     return root, sorted(names), left_out
 
 
@@ -529,9 +526,6 @@ def scan(root, names, index_path):
     Returns {name: dict(size, mtime, frames, keys, error)}; frames is 0 where it cannot be read
     """
     before = read_checked(index_path) or {}
-    if not before and index_path.exists():              # damaged, or somebody else's
-        with one_line(index_path):
-            index_path.replace(index_path.with_suffix(".old"))
     index = dict(before)
 
     def look(name):
@@ -722,14 +716,16 @@ def write_checked(path, about):
 
 
 def read_checked(path):
-    """What `write_checked` wrote there; None if the file is absent, damaged or somebody else's."""
+    """What `write_checked` wrote there, or None. Raises: SystemExit where it is damaged or foreign."""
+    if not path.exists():
+        return None
     try:
         found = json.loads(path.read_text())
         if found["data.py"] == zlib.crc32(json.dumps(found["about"]).encode()):
             return found["about"]
     except Exception:                                   # damaged files raise anything
         pass
-    return None
+    raise SystemExit(f"{path} is damaged or not ours: move it away")
 
 
 def append(path, rows, done):
@@ -787,7 +783,6 @@ def write_ours(path, blob):
 @contextlib.contextmanager
 def claim(folder):
     """Make a run's folder and hold it, so that a second run into it ends in one line."""
-    folder = Path(folder)
     with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
@@ -847,9 +842,9 @@ def load_lpips(name, device):
 
 # ------------------------------------------------------------------------------ pictures
 
-def enlarge(video, side):
-    """A whole number of times as large, smoothly, `side` pixels at most. Shapes: (..., 3, H, W)."""
-    scale = side // max(video.shape[-2:])
+def enlarge(video):
+    """A whole number of times as large, smoothly, 128 pixels at most. Shapes: (..., 3, H, W)."""
+    scale = 128 // max(video.shape[-2:])
     if scale < 2:
         return video
     flat = F.interpolate(video.flatten(0, -4).float(), scale_factor=scale, mode="bicubic")
@@ -861,7 +856,7 @@ def tile(videos, columns, labels=()):
 
     Shapes:  videos (n, T, 3, H, W) in [-1, 1], labels n strings or none -> (T, 3, H', W')
     """
-    videos = enlarge(videos.cpu(), 128)
+    videos = enlarge(videos.cpu())
     W = videos.shape[-1]
     top = W * 3 // 16 if labels else 0                  # letters of W / 8: to be read on a phone
     missing = -len(videos) % columns                    # cells of the last row, which stay white
@@ -883,7 +878,7 @@ def save_video(path, video, fps=8):
     Shapes:  video (T, 3, H, W) in [-1, 1]; mp4 takes even sides
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
-    frames = to_uint8(enlarge(video, 128))                                          # (T, H, W, 3)
+    frames = to_uint8(enlarge(video))                                          # (T, H, W, 3)
     if path.suffix == ".gif":
         blob = to_gif(frames, fps)
     elif path.suffix == ".png":
@@ -918,7 +913,6 @@ def write_page(folder, title, settings):
 
     It opens from the disk without a server, and names only files that are there and ours.
     """
-    folder = Path(folder)
     rows = []
     for line in text_of(folder / "log.jsonl").splitlines():
         with contextlib.suppress(ValueError):           # a stop may cut the last line off
