@@ -410,15 +410,14 @@ def train(cfg):
             run.add(run.update(model, [opt], learning_rate(step, cfg)))
             update_ema(ema, model, cfg.ema, step)
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
-            run.batch_names = [f"cache row {row}" for row in rows.tolist()]
             run.finish_step()
             if run.time_to_save:
                 run.save()
             if run.time_to_log:
-                row = run.means()
+                row = run.means([f"cache row {row}" for row in rows.tolist()])
                 if run.time_to_look and run.rank == 0:
                     draw_samples(ema, vae, cache, labels, classes, run)
-                run.log(row, shown=("loss",))
+                run.log(row)
             run.leave_if_asked()
     return run.path
 

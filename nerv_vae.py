@@ -253,9 +253,9 @@ def patch_positions(cfg):
     Source: choice: base 10 and amplitude 2, larger than the patch embedding at the start, so that the first step already
             knows where a patch lies; at a transformer's usual 10000 and 1 neighbours look alike and learning starts late
     """
-    side = cfg.resolution // cfg.patch
-    sizes = (cfg.frames // cfg.patch_frames, side, side)
-    axes = torch.cartesian_prod(*[torch.arange(n) for n in sizes]).T    # (3, P): t, y, x of every patch
+    times = torch.arange(cfg.frames // cfg.patch_frames)
+    side = torch.arange(cfg.resolution // cfg.patch)
+    axes = torch.cartesian_prod(times, side, side).T                    # (3, P): t, y, x of every patch
     each = cfg.enc_dim // 6 * 2                                         # channels for each of the three
     place = torch.cat([sinusoids(axis, each, base=10.0) for axis in axes], 1)
     return F.pad(2 * place, (0, cfg.enc_dim - 3 * each))                # (P, dim)
@@ -292,9 +292,8 @@ class NeRVVAE(nn.Module):
         changes but the memory.
         """
         at_once = FRAMES_AT_ONCE if self.cfg.checkpointing else self.cfg.frames
-        if len(frame) > at_once:
-            return torch.cat([self.decode(tokens, part) for part in frame.split(at_once)], 1)
-        return recomputed(self.decoder, self.cfg, tokens, frame)
+        parts = frame.split(at_once)
+        return torch.cat([recomputed(self.decoder, self.cfg, tokens, part) for part in parts], 1)
 
     def play(self, tokens, frame=None):
         """Videos of any length, one at a time, so that memory stays flat.
@@ -318,14 +317,16 @@ class Discriminator(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        widths = [cfg.gan_channels * times for times in (1, 2, 4, 4, 4, 4)]
-        self.stem = conv3d(3, widths[0])
+        c = cfg.gan_channels
+        self.stem = conv3d(3, c)
         self.blocks = nn.ModuleList()
-        for c, wider in zip(widths, widths[1:]):
+        for times in (2, 4, 4, 4, 4):
+            wider = times * cfg.gan_channels
             a = conv3d(c, c)
             b = conv3d(c, wider)
             side = nn.Conv3d(c, wider, 1, bias=False)
             self.blocks.append(nn.ModuleDict(dict(a=a, b=b, side=side)))
+            c = wider
         self.last = conv3d(wider, wider)
         places = math.ceil(cfg.frames / 32) * math.ceil(cfg.resolution / 32) ** 2
         self.fc = nn.Linear(wider * places, wider)
@@ -369,10 +370,10 @@ def vae_loss(recon, target, mean, logvar, cfg, perceptual=None, critic=None):
     if cfg.edge_weight:
         terms["edge"] = edge_error(recon, target)
         loss += cfg.edge_weight * terms["edge"]
-    if perceptual is not None:
+    if perceptual:
         terms["lpips"] = perceptual_distance(recon, target, perceptual)
         loss += cfg.lpips_weight * terms["lpips"]
-    if critic is not None:
+    if critic:
         terms["gan"] = generator_loss(critic, recon)
         loss += cfg.gan_weight * terms["gan"]
     return dict(loss=loss, **terms, token_std=mean.std(), posterior_std=(logvar / 2).exp().mean())
@@ -514,7 +515,6 @@ def train(cfg):
         for video in run.batches(clips, range(run.step, cfg.steps)):    # (B, T, 3, H, W), this rank's
             step = run.step
             run.seed_step()
-            run.batch_names = [names[i] for i, _ in batch_keys(clips, cfg, step)]
             gan = cfg.gan_weight > 0 and step >= cfg.gan_start
             critic_learns = gan and (step + 1) % cfg.gan_every == 0
             k = cfg.frames
@@ -554,12 +554,11 @@ def train(cfg):
                 measure_batchnorm(ema, run, clips)
                 run.save()
             if run.time_to_log:
-                row = run.means()
+                row = run.means([names[i] for i, _ in batch_keys(clips, cfg, step)])
                 row["psnr"] = -10 * math.log10(row["mse"] / 4 + 1e-12)
                 if run.time_to_look and run.rank == 0:
                     row.update(judge(ema, clips, held_out, run))
-                run.log(row, shown=("loss", "psnr", "kl_per_dim", "psnr_held_out", "psnr_train",
-                                    "psnr_in"))
+                run.log(row)
             run.leave_if_asked()
     return run.path
 
@@ -607,18 +606,16 @@ def judge(model, clips, held_out, run):
         chosen = [0]
     clips = torch.stack([held_out[i, 0][0] for i in chosen]).cpu()      # (n, T, 3, H, W)
     seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
-    parts = []
-    for some in seen.split(run.rows.shape[1]):                          # no more than a training pass holds
-        mean, _ = model.encode(some.to(run.device))
-        parts.append(model.play(mean))
-    recon = torch.cat(parts)                                            # (n, T, 3, H, W)
+    # One at a time, as a training pass may hold no more.
+    means = [model.encode(clip.to(run.device))[0] for clip in seen.split(1)]    # (1, N, d) each
+    recon = model.play(torch.cat(means))                                # (n, T, 3, H, W)
     found = {name: psnr(recon, clips).mean().item()}
     rows = {"original": clips, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
     if run.cfg.degrade != "none":
         rows["seen"] = seen
         found["psnr_in"] = psnr(seen, clips).mean().item()
     columns = min(8, len(clips))
-    labels = [title for title in rows for _ in range(columns)]
+    labels = list(np.repeat(list(rows), columns))
     picture = tile(torch.cat([row[:columns] for row in rows.values()]), columns, labels)
     with carry_on(run.picture):
         save_video(run.picture, picture)
@@ -655,8 +652,8 @@ def load_checkpoint(path, device, made_by):
                          f"make it with: {made_by}")
     with told(f"{path} cannot be read, is damaged or no checkpoint of ours"):
         with zipfile.ZipFile(path) as archive:
-            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
-            if not stored or archive.testzip():         # every member's checksum
+            packed = any(member.compress_type for member in archive.infolist())     # ours never are
+            if packed or archive.testzip():             # every member's checksum
                 raise ValueError("its checksums do not agree with its contents")
         ckpt = torch.load(path, map_location=device, weights_only=True)
         found = f"{ckpt['made_by']}, format {ckpt.get('format', 1)}"
@@ -813,7 +810,13 @@ class Run(ExitStack):
         self.facts = facts
         if self.cfg.resume and self.path.exists():
             ckpt = load_checkpoint(self.path, self.device, self.made_by)
-            self.refuse_changes({**ckpt, **ckpt["config"]})
+            now = {**asdict(self.cfg), **facts}
+            was = {**now, **ckpt, **ckpt["config"]}
+            differ = [f"{name} {was[name]} (now {now[name]})" for name in now
+                      if name not in HARMLESS and was[name] != now[name]]
+            if differ:
+                raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, "
+                                 "another --out, or --no-resume")
             for name, network in self.networks.items():
                 network.load_state_dict(ckpt[name])
             for opt, state in zip(self.opts, ckpt["opts"]):
@@ -822,16 +825,6 @@ class Run(ExitStack):
         if self.agree(self.step) != self.step:
             raise SystemExit(f"rank {self.rank} found {self.path} at step {self.step}, others found "
                              "a later one; --out must be one folder for all")
-
-    def refuse_changes(self, ckpt):
-        differ = []
-        for name, now in {**asdict(self.cfg), **self.facts}.items():
-            was = ckpt.get(name, now)
-            if name not in HARMLESS and was != now:
-                differ.append(f"{name} {was} (now {now})")
-        if differ:
-            raise SystemExit(f"{self.path} was trained with {', '.join(differ)}; use those, another "
-                             "--out, or --no-resume")
 
     def save(self):
         """Write the checkpoint; only rank 0 does. A full disk ends the run only where it ends anyway."""
@@ -858,8 +851,8 @@ class Run(ExitStack):
                     path.replace(path.with_suffix(f".old{path.suffix}"))
             say(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
                 f"to {self.cfg.steps} of {self.path}")
-        bar = progress(None, self.rank > 0, total=self.cfg.steps, initial=self.step, desc=self.title)
-        self.bar = self.enter_context(bar)
+        self.bar = self.enter_context(progress(None, self.rank > 0, total=self.cfg.steps,
+                                               initial=self.step, desc=self.title))
         self.since = time.perf_counter()
 
     def note_signal(self, number, _):
@@ -916,34 +909,34 @@ class Run(ExitStack):
         self.time_to_log = self.time_to_look or self.step % self.cfg.log_every == 0
         self.picture = self.out / f"step_{self.step:06d}.gif"
 
-    def means(self):
+    def means(self, names):
         """Means since the last line, over ranks too, and clips a second; waits for the GPU.
 
-        Raises: SystemExit after ten skipped steps in a row, naming the last batch
+        Raises: SystemExit after ten skipped steps in a row, with the `names` of what the last one saw
         """
         means = torch.stack([torch.stack(values).mean() for values in self.terms.values()]).cpu()
         means = self.agree(means / self.world, dist.ReduceOp.SUM)
         row = {"step": self.step, **dict(zip(self.terms, means))}
-        in_a_row = int(max(self.bad.values()))
-        if in_a_row >= 10:
-            raise SystemExit(f"{in_a_row} steps in a row had a loss or gradient that is not a number, "
+        if max(self.bad.values()) >= 10:
+            raise SystemExit("10 steps in a row or more had a loss or gradient that is not a number, "
                              f"and were skipped; stopped at {row}; this batch: "
-                             f"{', '.join(map(str, self.batch_names))}. The checkpoint, if there is "
-                             "one, is from before; lower --lr, or look at these")
+                             f"{', '.join(map(str, names))}. The checkpoint, if there is one, is "
+                             "from before; lower --lr, or look at these")
         seconds = time.perf_counter() - self.since
         row["clips_per_s"] = self.cfg.batch * len(self.terms["grad_norm"]) / seconds
         self.terms = {}
         self.since += seconds
         return row
 
-    def log(self, row, shown):
-        """Append a line to log.jsonl, and show some of its numbers; only rank 0 does."""
+    def log(self, row):
+        """Append a line to log.jsonl, and show its losses and PSNRs; only rank 0 does."""
         if self.rank:
             return
         path = self.out / "log.jsonl"
         with carry_on(path), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        text = ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+        shown = [name for name in row if name.startswith(("loss", "psnr"))]
+        text = ", ".join(f"{name} {row[name]:.4g}" for name in shown)
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             say(f"step {self.step} of {self.cfg.steps}: {text}")
