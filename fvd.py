@@ -373,9 +373,9 @@ def compare(cfg):
                     resize="shorter side, bilinear, antialias; centre crop; bytes; never mirrored")
     for role, side in dict(real=real, fake=fake).items():
         names = [side.dataset.classes[label] for label in side.dataset.labels[side.numbers]]
-        protocol[f"{role}_clips"] = f"{len(side)} of {len(side.dataset)}"
-        protocol[f"{role}_labels"] = Counter(names)
-        for key, value in side.settings.items():
+        about = dict(side.settings, clips=f"{len(side)} of {len(side.dataset)}",
+                     labels=Counter(names))
+        for key, value in about.items():
             protocol[f"{role}_{key}"] = value
     if Path(cfg.features).is_file():
         protocol["features_sha256"] = file_hash(cfg.features)
@@ -451,7 +451,7 @@ def distance_rows(name, real, fake):
 
 
 def main(argv=None):
-    """Command line: print the rows and their protocol, write them to --out. Returns that path."""
+    """Command line: write the rows and their protocol to --out, print them. Returns that path."""
     alone("fvd.py")
     cfg = parse_config(Config, PRESETS, argv)
     path = Path(cfg.out)
@@ -463,17 +463,15 @@ def main(argv=None):
         reason = str(error).strip().split("\n")[-1]
         raise SystemExit(f"not measured: {reason} (I3D takes 10 frames or more, others 3; short of "
                          "memory? lower --batch)") from error
-    try:
-        for name, value, note in rows:
-            print(f"{name:<50}{value:>12.5g}   {note}")
-        for key, value in protocol.items():
-            print(f"  {key:<20}{str(value):.100}")
-    finally:                        # also where somebody closed the pipe: | head
-        results = {name: float(value) for name, value, _ in rows}
-        text = json.dumps(dict(results=results, protocol=protocol), indent=1)
-        write_file(path, text.encode())
+    results = {name: float(value) for name, value, _ in rows}
+    text = json.dumps(dict(results=results, protocol=protocol), indent=1)
+    write_file(path, text.encode())                     # first: somebody may close the pipe, | head
     if picture is not None:
         save_video(path.with_suffix(".gif"), picture)
+    for name, value, note in rows:
+        print(f"{name:<50}{value:>12.5g}   {note}")
+    for key, value in protocol.items():
+        print(f"  {key:<20}{str(value):.100}")
     return path
 
 
@@ -573,9 +571,11 @@ def open_sides(cfg):
         if getattr(cfg, name) < 0:
             cfg = replace(cfg, **{name: told.get(name, usual)})
     for clips in (fake, real):
-        if clips and (clips.shape[1] < cfg.frames or clips.shape[2] != cfg.resolution):
-            raise SystemExit(f"{clips.path} has {clips.shape[1]} frames of {clips.shape[2]} pixels, "
-                             f"asked for are {cfg.frames} of {cfg.resolution}; --frames may take fewer")
+        if clips:
+            _, T, R, _, _ = clips.shape
+            if T < cfg.frames or R != cfg.resolution:
+                raise SystemExit(f"{clips.path} has {T} frames of {R} pixels, asked for are "
+                                 f"{cfg.frames} of {cfg.resolution}; --frames may take fewer")
     real = Side(real or open_videos(cfg.real, cfg.split, cfg), cfg)
     fake = Side(fake or open_videos(cfg.fake, "all", cfg), cfg)
     if min(len(real), len(fake)) < 4:

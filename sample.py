@@ -12,7 +12,7 @@
     python sample.py --reconstruct --n 256       # clips that did not train, and what comes back
     python sample.py --predict clip.mp4    # its future (nerv_dit.py --condition frames|image|edge)
     python sample.py --compress clip.mp4   # a video as a few kilobytes: clip.nerv
-    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4, .gif
+    python sample.py --decompress out/samples/clip.nerv             # and back: clip.nerv.mp4
     python sample.py --bench --model S     # how fast this machine runs the paper's sizes
 
 Letters: n videos, k of them at once, T frames, H = W = R pixels, N weight tokens, d channels each.
@@ -100,7 +100,7 @@ def generate(cfg, out, vae, dit):
     k = cfg.batch or 16
     for first in data.progress(range(len(store), cfg.n, k), desc="generating"):
         cond = told[first:first + k]                                            # (k,) or (k, N, d)
-        tokens = sample_tokens(dit, cond, **start(cfg, dit, first, len(cond)))  # (k, N, d)
+        tokens = sample_tokens(dit, **start(cfg, dit, cond, first))             # (k, N, d)
         store.add(vae.play(tokens, frame), labels[first:first + k], tokens)
     store.close()
     show_samples(cfg, out, Videos.open(store.path))
@@ -112,9 +112,9 @@ def interp(cfg, out, vae, dit):
     interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page.
     Source:  paper (Sec. 4.5.2): kernels go straight, then are normalised
     """
-    a, b = two_ends(cfg, out, vae)                                                # (N, d) each
-    lam = torch.linspace(1, 0, 25, device=vae.device)[:, None, None]         # (25, 1, 1)
-    videos = vae.play(lam * a + (1 - lam) * b)                           # (25, T, 3, R, R)
+    a, b = two_ends(cfg, out, vae)                                              # (N, d) each
+    lam = torch.linspace(1, 0, 25, device=vae.device)[:, None, None]            # (25, 1, 1)
+    videos = vae.play(lam * a + (1 - lam) * b)                                  # (25, T, 3, R, R)
     _, T, _, _, R = videos.shape
     sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
     save_video(out / "interp_sheet.png", sheet)
@@ -143,7 +143,7 @@ def predict(cfg, out, vae, dit):
     clip = file_tokens(cfg.predict, vae)[1]                                     # (T, 3, R, R)
     shown = data.condition_video(clip, kind)                                    # (T, 3, R, R)
     told = encode(shown, vae).expand(cfg.n, -1, -1)                             # (n, N, d)
-    tokens = sample_tokens(dit, told, **start(cfg, dit, 0, cfg.n))              # (n, N, d)
+    tokens = sample_tokens(dit, **start(cfg, dit, told))                        # (n, N, d)
     videos = torch.cat([clip[None], shown[None], vae.play(tokens)])             # (2+n, T, 3, R, R)
     names = ["the video", f"shown: {kind}"] + [f"answer {i}" for i in range(cfg.n)]
     show(cfg, out, "predict", videos, 6, names)
@@ -156,18 +156,17 @@ def reconstruct(cfg, out, vae, dit):
     settings = dict(clip_settings(vae), which=which, seed=cfg.seed,
                     pair=f"{vae.sha256[:12]}-{cfg.seed}-{len(chosen)}")
     a = Videos.create(out / "original.npy", settings, clips.classes)
-    b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
-    todo = range(min(len(a), len(b)), len(chosen))
-    for i in data.progress(todo, desc="reconstructing"):
+    for i in data.progress(range(len(a), len(chosen)), desc="reading"):
         video, label = clips[chosen[i], i]                                      # (T, 3, R, R)
-        given = data.degrade(video, vae.cfg.degrade)                            # (T, 3, R, R)
-        if len(a) == i:                                 # a stop between the two leaves one ahead
-            a.add(video[None], [label])
-        if len(b) == i:
-            b.add(vae.play(encode(given, vae)), [label])
+        a.add(video[None], [label])
     a.close()
+    a = Videos.open(a.path)                             # the encoder sees what will be measured
+    b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
+    for i in data.progress(range(len(b), len(a)), desc="reconstructing"):
+        video, label = a[i, 0]
+        given = data.degrade(video, vae.cfg.degrade)                            # (T, 3, R, R)
+        b.add(vae.play(encode(given, vae)), [label])
     b.close()
-    a = Videos.open(a.path)
     b = Videos.open(b.path)
     quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
     print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
@@ -178,7 +177,7 @@ def reconstruct(cfg, out, vae, dit):
 
 def compress(cfg, out, vae, dit):
     """A video's first clip as a .nerv file; prints what each number of bits costs and keeps."""
-    tokens, clip = file_tokens(cfg.compress, vae)                        # (N, d), (T, 3, R, R)
+    tokens, clip = file_tokens(cfg.compress, vae)                               # (N, d), (T, 3, R, R)
     path = out / (Path(cfg.compress).stem + ".nerv")
     pixels = clip[:, 0].numel()
     videos = [clip]
@@ -186,7 +185,7 @@ def compress(cfg, out, vae, dit):
     print(" bits    bytes   bits/pixel   PSNR dB")
     for bits in (4, 5, 6, 7, 8, 32):
         blob = pack_tokens(tokens[vae.decoder.used], bits, vae_sha256=vae.sha256)
-        video = play_numbers(unpack_tokens(blob)[1], vae)                    # (T, 3, R, R)
+        video = play_numbers(unpack_tokens(blob)[1], vae)                       # (T, 3, R, R)
         quality = data.psnr(video, clip).mean()
         print(f"{bits:5d} {len(blob):8d} {8 * len(blob) / pixels:12.4f} {quality:9.2f}")
         videos.append(video)
@@ -198,17 +197,15 @@ def compress(cfg, out, vae, dit):
 
 
 def decompress(cfg, out, vae, dit):
-    """Play a .nerv file through the tokenizer that made it, into an mp4 and a gif."""
+    """Play a .nerv file through the tokenizer that made it, into an mp4."""
     header, numbers = read_nerv(cfg.decompress)
     made_by = header.get("vae_sha256")
     if made_by != vae.sha256 or len(numbers) != vae.decoder.used.sum():
         raise SystemExit(f"{cfg.decompress} was made by another tokenizer than {vae.path}; give "
                          f"the one whose sha256 is {made_by!r} with --vae")
-    video = play_numbers(numbers, vae)                                       # (T, 3, R, R)
-    name = Path(cfg.decompress).name                    # clip.nerv.mp4: clip.mp4 is the original's
-    save_video(out / f"{name}.mp4", video, cfg.fps)
-    save_video(out / f"{name}.gif", video, cfg.fps)
-    print(f"wrote {out}/{name}.mp4 and .gif: {len(video)} frames")
+    path = out / f"{Path(cfg.decompress).name}.mp4"     # clip.nerv.mp4: clip.mp4 is the original's
+    save_video(path, play_numbers(numbers, vae), cfg.fps)
+    print(f"wrote {path}")
 
 
 def film(cfg, out, vae, dit):
@@ -219,7 +216,7 @@ def film(cfg, out, vae, dit):
     n = min(cfg.n, 6)
     _, classes, labels, told = asked(cfg, vae, dit, n)
     names = [classes[label] for label in labels]
-    walk = list(denoise_steps(dit, told, **start(cfg, dit, 0, n)))
+    walk = list(denoise_steps(dit, **start(cfg, dit, told)))
     turn = max(vae.cfg.frames - 1, 1)
     sheets = []
     for i in range(88):
@@ -247,27 +244,47 @@ def export(cfg, out, vae, dit):
 def bench(cfg, out, vae, dit):
     """Time the paper's sizes with random weights on this machine, into bench.json.
 
+    Share: of the time that a large matrix product takes for as many operations.
     Source:  paper (Tables A2, A3, E.16), and one training step of each stage
              departs (E.1 averages 100 calls): the median of what fits into 3 seconds; no LPIPS, no
              GAN, no weights of the loss; bfloat16, torch.compile, memory and all 250 steps on CUDA
              only
     """
     device = nerv_vae.pick_device(cfg.device)
+    gpu = device.type == "cuda"
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = replace(nerv_vae.Config(**nerv_vae.PRESETS[preset]), model=cfg.model)
     B = cfg.batch or 1
     R = c.resolution
-    table = Table(device, f"{c.model}, {R} x {R}, batch {B}")
+    product, machine = measure_machine(device)
     with device:
         video = torch.zeros(B, c.frames, 3, R, R)
         z = torch.randn(B, c.tokens, c.token_dim)
         frame = torch.arange(float(c.frames))
         t = torch.zeros(B, dtype=torch.long)            # which time or class does not matter
         vae = nerv_vae.NeRVVAE(c).eval()
-    net = vae.decoder.instantiate(z[0])
-    cell = R // c.pe_size                               # convolutions do not mind the grid's size
-    wide = embed(frame[:1], replace(c, pe_size=1280 // cell), net.layers)       # (1, 48, 80, 80)
-    wide = wide[:, :, :720 // cell]                                             # (1, 48, 45, 80)
+    rows = [f"{c.model}, {R} x {R}, batch {B}; {machine}"]
+    print(rows[0])
+    print(f"{'':<40}    TFLOP   latency s  peak GB  share")
+
+    def row(name, call, flop=0):
+        """Time a call. Returns its operations, two for each multiply-add, counted if not given."""
+        if not flop:                                    # fused attention would not be counted
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                call()
+            flop = counter.get_total_flops()
+            call = torch.compile(call, disable=not gpu)
+        with torch.autocast(device.type, torch.bfloat16, gpu):
+            if gpu:
+                call()                                  # compiles
+                torch.cuda.reset_peak_memory_stats()
+            latency = seconds(call)
+        tflop = flop / 1e12
+        peak = torch.cuda.max_memory_allocated() / 1e9                          # 0 without CUDA
+        share = flop / product / latency
+        rows.append(dict(name=name, tflop=tflop, latency_s=latency, peak_gb=peak, share=share))
+        print(f"{name:<40} {tflop:8.3f} {latency:11.4f} {peak:8.2f} {share:6.1%}", flush=True)
+        return flop
 
     def stage1():
         recon, mean, logvar = vae(video, frame, z)
@@ -276,21 +293,26 @@ def bench(cfg, out, vae, dit):
     def stage2():
         return (dit(z, t, t) - z).square().mean()
 
-    encoding = table.row("encode", lambda: vae.encoder(video))
-    decoding = table.row("decode", lambda: vae.decode(z, frame))
-    table.row("decode one clip, instantiated", lambda: net(frame))
-    table.row(f"one frame of 1280 x {wide.shape[2] * cell}, instantiated",
-              lambda: render(net.layers, net.convs, wide, c.side))
-    table.training("training step, stage 1", vae, stage1, 3 * (encoding + decoding))
-    about = nerv_dit.Config(**nerv_dit.PRESETS[preset])
-    dit = nerv_dit.DiT(about, c.tokens, c.token_dim, 101).to(device)
-    denoising = table.row("one pass of DiT", lambda: dit(z, t, t))
-    table.training("training step, stage 2", dit, stage2, 3 * denoising)
+    net = vae.decoder.instantiate(z[0])
+    cell = R // c.pe_size                               # convolutions do not mind the grid's size
+    wide = embed(frame[:1], replace(c, pe_size=1280 // cell), net.layers)       # (1, 48, 80, 80)
+    wide = wide[:, :, :720 // cell]                                             # (1, 48, 45, 80)
+    encoding = row("encode", lambda: vae.encoder(video))
+    decoding = row("decode", lambda: vae.decode(z, frame))
+    row("decode one clip, instantiated", lambda: net(frame))
+    row("one frame of 1280 x 720, instantiated",
+        lambda: render(net.layers, net.convs, wide, c.side))
+    forward = encoding + decoding                       # a backward pass takes two forward ones
+    row("training step, stage 1", training_step(vae, stage1, gpu), 3 * forward)
+    dit = nerv_dit.DiT(nerv_dit.Config(**nerv_dit.PRESETS[preset]), c.tokens, c.token_dim, 101)
+    dit.to(device)
+    denoising = row("one pass of DiT", lambda: dit(z, t, t))
+    row("training step, stage 2", training_step(dit, stage2, gpu), 3 * denoising)
     ready_to_sample(dit, cfg, device)
-    steps = 250 if device.type == "cuda" else 2
-    table.row(f"{steps} DDPM steps, guidance 2",
-              lambda: sample_tokens(dit, t, z, "ddpm", steps, 2.0), 2 * steps * denoising)
-    data.write_file(out / "bench.json", json.dumps(table.rows, indent=1).encode())
+    steps = 250 if gpu else 2
+    row(f"{steps} DDPM steps, guidance 2",
+        lambda: sample_tokens(dit, t, z, "ddpm", steps, 2.0), 2 * steps * denoising)
+    data.write_file(out / "bench.json", json.dumps(rows, indent=1).encode())
 
 
 MODES = [bench, compress, decompress, reconstruct, film, predict, interp, time_interp, extrapolate,
@@ -322,7 +344,7 @@ def main(argv=None):
 
 
 # -------------------------------------------------------------------------- The method ends here
-# Below: what is asked for, checkpoints, pictures, .nerv files, the table of --bench.
+# Below: what is asked for, checkpoints, pictures, .nerv files, the clock of --bench.
 
 def asked(cfg, vae, dit, n):
     """What each of n videos is made from: its class, nothing, or a clip that did not train.
@@ -363,15 +385,15 @@ def pick_labels(wanted, names, n):
     return np.resize(chosen or range(len(names)), n)
 
 
-def start(cfg, dit, first, k):
-    """Where and how the sampler starts for k videos from number `first` on.
+def start(cfg, dit, cond, first=0):
+    """Where and how the sampler starts for as many videos as `cond` is for, from number `first` on.
 
     The noise of a video follows from its number, whatever batch it is in.
-    Returns settings of `sample_tokens`. Shapes: noise (k, N, d)
+    Returns settings of `sample_tokens`. Shapes: cond (k,) or (k, N, d), noise (k, N, d)
     """
     seed = cfg.seed * 1_000_003 + first
-    noise = noise_of(range(seed, seed + k), dit.token_mean.shape)
-    return dict(noise=noise.to(dit.token_mean.device), seed=seed, **dit.how)
+    noise = noise_of(range(seed, seed + len(cond)), dit.token_mean.shape)
+    return dict(cond=cond, noise=noise.to(cond.device), seed=seed, **dit.how)
 
 
 def encode(clip, vae):
@@ -434,16 +456,24 @@ def clip_settings(vae, long=1):
 # ------------------------------------------------------------------------------------------ loading
 
 def load(cfg, modes):
-    """The checkpoints that the modes need, checked against each other and against the flags."""
+    """The checkpoints that the modes need, checked against each other and against the flags.
+
+    dit.how: sampler, steps and guidance are the flags', else those that the DiT was configured with.
+    """
     device = nerv_vae.pick_device(cfg.device)
+    dit = None
     if cfg.bench:
         return None, None
-    dit = None
     if cfg.weights:
         cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
     if not WITHOUT_DIT.issuperset(modes):
         dit = nerv_dit.load_dit(cfg.dit, device)
-        dit.how = how_to_sample(cfg, dit)
+        if not dit.by_class and (cfg.classes or cfg.guidance not in (0, 1)):
+            raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
+                             "--classes and --guidance")
+        sampler = dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler
+        dit.how = dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
+                       guidance=cfg.guidance or dit.cfg.guidance)
         cfg = replace(cfg, vae=cfg.vae or dit.cfg.vae)
     vae = nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device)
     vae.device = device
@@ -453,16 +483,6 @@ def load(cfg, modes):
     if dit and not cfg.export:
         ready_to_sample(dit, cfg, device)
     return vae, dit
-
-
-def how_to_sample(cfg, dit):
-    """Sampler, steps and guidance: the flags', else those that the DiT was configured with."""
-    if not dit.by_class and (cfg.classes or cfg.guidance not in (0, 1)):
-        raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
-                         "--classes and --guidance")
-    sampler = dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler
-    return dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
-                guidance=cfg.guidance or dit.cfg.guidance)
 
 
 def ready_to_sample(dit, cfg, device):
@@ -642,7 +662,7 @@ def play_numbers(numbers, vae):
 
     Shapes:  (n,) -> (T, 3, R, R)
     """
-    used = vae.decoder.used                                              # (N, d)
+    used = vae.decoder.used                                                     # (N, d)
     tokens = torch.zeros(used.shape, device=used.device)
     tokens[used] = numbers.to(used.device)
     return vae.play(tokens[None])[0]
@@ -657,55 +677,30 @@ def seconds(call):
     return timer.blocked_autorange(min_run_time=3).median
 
 
-class Table:
-    """The rows of --bench. Share: of the time that a large matrix product takes for as much."""
+def measure_machine(device):
+    """A large matrix product, in operations a second, and a line on it and on copying memory."""
+    x = torch.randn(4096, 4096, device=device)
+    name = f"{torch.get_num_threads()} CPU threads"
+    if x.is_cuda:
+        x = x.bfloat16()
+        name = torch.cuda.get_device_name()
+    product = 2 * len(x) ** 3 / seconds(lambda: x @ x)
+    copy = 2 * x.nbytes / seconds(x.clone)                                      # bytes a second
+    return product, f"{name}: {product / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"
 
-    def __init__(self, device, title):
-        x = torch.randn(4096, 4096, device=device)
-        name = f"{torch.get_num_threads()} CPU threads"
-        self.gpu = x.is_cuda
-        self.autocast = torch.autocast(device.type, torch.bfloat16, self.gpu)
-        if self.gpu:
-            x = x.bfloat16()
-            name = torch.cuda.get_device_name()
-        self.product = 2 * len(x) ** 3 / seconds(lambda: x @ x)             # operations a second
-        copy = 2 * x.nbytes / seconds(x.clone)                                  # bytes a second
-        self.rows = [f"{title}; {name}: {self.product / 1e12:.3g} TFLOP/s, "
-                     f"copy {copy / 1e9:.3g} GB/s"]
-        print(self.rows[0])
-        print(f"{'':<40}    TFLOP   latency s  peak GB  share")
 
-    def row(self, name, call, flop=0):
-        """Time a call. Returns its operations, two for each multiply-add, counted if not given."""
-        if not flop:                                    # fused attention would not be counted
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                call()
-            flop = counter.get_total_flops()
-            call = torch.compile(call, disable=not self.gpu)
-        with self.autocast:
-            if self.gpu:
-                call()                                  # compiles
-                torch.cuda.reset_peak_memory_stats()
-            latency = seconds(call)
-        tflop = flop / 1e12
-        peak = torch.cuda.max_memory_allocated() / 1e9                          # 0 without CUDA
-        share = flop / self.product / latency
-        self.rows.append(dict(name=name, tflop=tflop, latency_s=latency, peak_gb=peak, share=share))
-        print(f"{name:<40} {tflop:8.3f} {latency:11.4f} {peak:8.2f} {share:6.1%}", flush=True)
-        return flop
+def training_step(model, loss, gpu):
+    """One training step as a function, the loss compiled on CUDA."""
+    opt = torch.optim.AdamW(model.train().parameters(), fused=True)
+    loss = torch.compile(loss, disable=not gpu)
 
-    def training(self, name, model, loss, flop):
-        """A row for one training step, whose backward pass is two forward ones."""
-        opt = torch.optim.AdamW(model.train().parameters(), fused=True)
-        loss = torch.compile(loss, disable=not self.gpu)
+    def step():
+        opt.zero_grad()
+        with torch.enable_grad():
+            loss().backward()
+        opt.step()
 
-        def step():
-            opt.zero_grad()
-            with torch.enable_grad():
-                loss().backward()
-            opt.step()
-
-        self.row(name, step, flop)
+    return step
 
 
 if __name__ == "__main__":

@@ -3107,7 +3107,7 @@ def test_compress_and_decompress(run, tmp_path, capsys):
         assert torch.equal(stored, sample.unpack_tokens(sample.pack_tokens(tokens, bits))[1])
         assert header["vae_sha256"] == data.file_hash(run.vae)
     run_sample(tmp_path, *words, "--decompress", path)
-    assert data.count_frames(f"{path}.mp4") == data.count_frames(f"{path}.gif") == 4
+    assert data.count_frames(f"{path}.mp4") == 4
     other = tmp_path / "other.pt"
     nerv_vae.save_checkpoint(other, {**torch.load(run.vae, weights_only=True), "step": 3})
     with pytest.raises(SystemExit, match="another tokenizer .* --vae"):
