@@ -224,10 +224,8 @@ class NeRVEncoder(nn.Module):
         nn.init.constant_(self.bottleneck.bias[cfg.token_dim:], cfg.logvar_start)
 
     def forward(self, video):
-        f = self.cfg.patch_frames
-        p = self.cfg.patch
-        x = F.pixel_unshuffle(video, p)                                 # (B, T, 3*p*p, h, w)
-        x = x.unflatten(1, (-1, f))                                     # (B, T/f, f, 3*p*p, h, w)
+        x = F.pixel_unshuffle(video, self.cfg.patch)                    # (B, T, 3*p*p, h, w), p = patch
+        x = x.unflatten(1, (-1, self.cfg.patch_frames))                 # (B, T/f, f, 3*p*p, h, w)
         x = x.permute(0, 1, 4, 5, 2, 3)                                 # (B, T/f, h, w, f, 3*p*p)
         x = x.flatten(4).flatten(1, 3)                                  # (B, P, f*3*p*p)
         x = self.embed(x) + self.place                                  # (B, P, dim)
@@ -633,13 +631,13 @@ FORMAT = 2              # counts changes of what the numbers in a checkpoint mea
 
 
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain Python, all or nothing. Returns whether it was written."""
+    """Write a dict of tensors and plain Python, all or nothing.
+
+    Raises: SystemExit in one line where the disk is full or cannot be written
+    """
     blob = io.BytesIO()
     torch.save({**state, "format": FORMAT}, blob)
-    with carry_on(path):
-        write_file(Path(path), blob.getbuffer())
-        return True
-    return False
+    write_file(path, blob.getbuffer())
 
 
 def load_checkpoint(path, device, made_by):
@@ -833,8 +831,10 @@ class Run(ExitStack):
             state["opts"] = [opt.state_dict() for opt in self.opts]
             for name, network in self.networks.items():
                 state[name] = network.state_dict()
-            saved = save_checkpoint(self.path, state)
-            if not saved and (self.asked or self.step == self.cfg.steps):
+            with carry_on(self.path):
+                save_checkpoint(self.path, state)
+                return
+            if self.asked or self.step == self.cfg.steps:
                 raise SystemExit(f"stopped at step {self.step}, and the last save of {self.path} "
                                  "failed: make room and give the same command again")
 
