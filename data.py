@@ -13,7 +13,6 @@ import collections
 import contextlib
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -889,7 +888,7 @@ def save_video(path, video, fps=8):
 
 
 def to_gif(frames, fps):
-    """The bytes of a gif. All frames share one palette: it is made once, and only what moves is kept.
+    """The bytes of a gif.
 
     Shapes:  frames (T, H, W, 3) uint8
     Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
@@ -898,12 +897,8 @@ def to_gif(frames, fps):
     step = math.ceil(fps / 50)
     starts = np.arange(0, len(frames) + step, step) / fps
     delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
-    palette = Image.fromarray(np.concatenate(frames[:, ::4, ::4])).quantize(255)
-    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames[::step]]
-    file = io.BytesIO()
-    pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:],
-                     duration=delays.tolist(), loop=0)
-    return file.getvalue()
+    return iio.imwrite("<bytes>", frames[::step], extension=".gif", save_all=True,      # one frame, too
+                       duration=delays.tolist(), loop=0)
 
 
 # ------------------------------------------------------------------------------ the page of a run
