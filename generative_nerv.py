@@ -19,9 +19,9 @@ runs one convolution for each video. `cfg` is nerv_vae.Config.
 import argparse
 import dataclasses
 import math
+import re
 from functools import partial
 from itertools import accumulate, pairwise
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def decoder_width(model):
     """D of a model: S, B, L or a number. Raises SystemExit for any other."""
     if model in NERV_WIDTHS:
         return NERV_WIDTHS[model]
-    if model.isascii() and model.isdigit() and int(model) > 0:
+    if re.fullmatch("[1-9][0-9]*", model):
         return int(model)
     raise SystemExit(f"--model {model} is not S, B, L, nerv_dec or a number of channels")
 
@@ -170,6 +170,7 @@ class ModulatedConv2d(nn.Module):
     def __init__(self, layer, cfg):
         super().__init__()
         self.layer = layer
+        self.shape = (layer.c_out, layer.c_in, layer.k, layer.k)        # of a kernel
         start = torch.randn(layer.c_out, layer.c_in * layer.k ** 2)
         self.shared = nn.Parameter(cfg.kernel_init * start)
         self.bias = nn.Parameter(torch.zeros(layer.c_out))
@@ -196,11 +197,9 @@ class ModulatedConv2d(nn.Module):
     def modulate(self, tokens):
         """The kernel of each video before it is normalised. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
         layer = self.layer
-        k = layer.k
-        shared = self.shared.view(layer.c_out, layer.c_in, k, k)
-        block = self.generated(tokens).view(-1, layer.gen_out, layer.gen_in, k, k)
+        block = self.generated(tokens).view(-1, layer.gen_out, layer.gen_in, layer.k, layer.k)
         missing = (0, 0, 0, 0, 0, layer.c_in - layer.gen_in, 0, layer.c_out - layer.gen_out)
-        return shared + F.pad(block, missing)                           # (B, c_out, c_in, k, k)
+        return self.shared.view(self.shape) + F.pad(block, missing)     # (B, c_out, c_in, k, k)
 
     def kernel(self, tokens):
         """The kernel of each video. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
@@ -253,7 +252,7 @@ def convolve(x, kernel, bias, layer):
 
 def double(x):
     """Bilinear interpolation to twice the size. Shapes: (n, c, h, w) -> (n, c, 2h, 2w)."""
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
@@ -308,7 +307,7 @@ class GenerativeNeRV(nn.Module):
         self.register_buffer("used", used, persistent=False)
 
     def forward(self, tokens, frame):
-        x = embed(frame, self.cfg, self.layers, len(tokens))            # (B*T, 48, h, w)
+        x = embed(frame, self.layers[0], len(tokens))                  # (B*T, 48, h, w)
         convs = [partial(conv, tokens=tokens) for conv in self.convs]
         video = render(self.layers, convs, x, self.cfg.side)            # (B*T, 3, H, W)
         return video.unflatten(0, (len(tokens), -1))                    # (B, T, 3, H, W)
@@ -321,13 +320,13 @@ class GenerativeNeRV(nn.Module):
         return PlainNeRV(self, tokens)
 
 
-def embed(frame, cfg, layers, videos=1):
+def embed(frame, stem, videos=1):
     """What the stem reads, the same for every video; NeRV-Dec's reads time alone, 16 channels.
 
     Channels last in memory: what convolutions are fastest at, on a GPU and on a CPU.
-    Shapes: frame (T,) -> (videos*T, 48, pe_size, pe_size)
+    Shapes: frame (T,) -> (videos*T, 48, h, w), h = w = stem.grid
     """
-    x = positional_embedding(frame, cfg.pe_size)[:, :layers[0].c_in]    # (T, 48, h, w)
+    x = positional_embedding(frame, stem.grid)[:, :stem.c_in]           # (T, 48, h, w)
     return x.repeat(videos, 1, 1, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -354,7 +353,7 @@ class PlainNeRV(nn.Module):
         self.convs = nn.ModuleList(PlainConv2d(conv, tokens) for conv in decoder.convs)
 
     def forward(self, frame):
-        x = embed(frame, self.cfg, self.layers)                         # (T, 48, h, w)
+        x = embed(frame, self.layers[0])                                # (T, 48, h, w)
         return render(self.layers, self.convs, x, self.cfg.side)        # (T, 3, H, W)
 
 
@@ -367,9 +366,8 @@ def main(argv=None):
     parser.add_argument("--resolution", type=int, default=128, help="height = width in pixels")
     parser.add_argument("--gen-channels", type=int, default=64,
                         help="inputs and outputs of a generated block; the 256 x 256 preset takes 80")
-    args = parser.parse_args(argv)
-    cfg = SimpleNamespace(**vars(args), pe_size=8, upsample="transposed", side="residual")
-    plan = layer_plan(cfg)
+    parser.set_defaults(pe_size=8, upsample="transposed", side="residual")
+    plan = layer_plan(parser.parse_args(argv))
     row = "{:<12} {:>16} {:>18} {:>18} {:>11} {:>12}"
     print(row.format("layer", "feature map", "kernel in, out", "generated in, out", "parameters",
                      "GFLOP/frame"))
@@ -444,12 +442,12 @@ class FMMConv2d(ModulatedConv2d):
         return self.rank * (self.layer.c_out + self.layer.c_in)
 
     def modulate(self, tokens):
-        _, c_in, c_out, k, *_ = self.layer
+        c_out, c_in, *_ = self.shape
         left, right = self.generated(tokens).split([self.rank * c_out, self.rank * c_in], 1)
         left = left.view(-1, c_out, self.rank)
         right = right.view(-1, self.rank, c_in)
         factor = 1 + left @ right / math.sqrt(self.rank)                # (B, c_out, c_in)
-        return factor[..., None, None] * self.shared.view(c_out, c_in, k, k)
+        return factor[..., None, None] * self.shared.view(self.shape)
 
 
 class RepeatConv2d(ModulatedConv2d):
@@ -479,7 +477,7 @@ class RepeatConv2d(ModulatedConv2d):
         values = values.repeat_interleave(4, self.axis + 1)
         values = values.narrow(self.axis + 1, 0, self.sides[self.axis])  # (B, c_out, c_in, k*k)
         kernel = self.shared.view(self.sides) * values
-        return kernel.unflatten(3, (self.layer.k, self.layer.k))        # (B, c_out, c_in, k, k)
+        return kernel.view(-1, *self.shape)                             # (B, c_out, c_in, k, k)
 
     def kernel(self, tokens):
         if self.normalize:
@@ -495,8 +493,7 @@ class FixedConv2d(RepeatConv2d):
         self.head = None
 
     def modulate(self, tokens):
-        _, c_in, c_out, k, *_ = self.layer
-        return self.shared.view(c_out, c_in, k, k).expand(len(tokens), -1, -1, -1, -1)
+        return self.shared.view(self.shape).expand(len(tokens), *self.shape)
 
 
 def ablated_convs(plan, cfg):

@@ -295,7 +295,7 @@ def bench(cfg, out, vae, dit):
 
     net = vae.decoder.instantiate(z[0])
     cell = R // c.pe_size                               # convolutions do not mind the grid's size
-    wide = embed(frame[:1], replace(c, pe_size=1280 // cell), net.layers)       # (1, 48, 80, 80)
+    wide = embed(frame[:1], net.layers[0]._replace(grid=1280 // cell))          # (1, 48, 80, 80)
     wide = wide[:, :, :720 // cell]                                             # (1, 48, 45, 80)
     encoding = row("encode", lambda: vae.encoder(video))
     decoding = row("decode", lambda: vae.decode(z, frame))
