@@ -829,7 +829,9 @@ def free_memory(device):
 
 
 def load_lpips(name, device):
-    """LPIPS (arXiv 1801.03924), frozen. Raises: SystemExit in one line without weights."""
+    """LPIPS (arXiv 1801.03924), frozen; None for "none". Raises: SystemExit without weights."""
+    if name == "none":
+        return None
     import lpips                    # takes seconds, and most runs do not need it
     try:
         return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)

@@ -163,12 +163,10 @@ def action_similarity(video, features, window):
              equal, and the features are those of --features, as the public C3D gives probabilities
     """
     windows = video.unfold(1, window, window // 2).unbind(1)
-    w = len(windows)
+    w = len(windows)                                                    # (B, 3, R, R, window) each
     if w == 1:
         raise ValueError("--action-similarity takes clips of 1.5 windows or more")
-    total = 0
-    for part in windows:                                                # (B, 3, R, R, window)
-        total += F.normalize(features(part.movedim(-1, 1)))
+    total = sum(F.normalize(features(part.movedim(-1, 1))) for part in windows)     # (B, d)
     cosines = total.square().sum(1, keepdim=True)                       # (B, 1), w ones among them
     return (cosines - w) / (w * (w - 1))
 
@@ -224,7 +222,7 @@ def copied_clips(real, fake, of_real, of_fake, ask, cfg):
     noisy = measure(lambda x: ask(x + 0.05 * torch.randn_like(x)), Side(real.dataset, few))
     sets = {"generated": of_fake, "training, with noise": noisy}
     if not real.settings:                               # clips on disk have none held out
-        held_out = Side(open_videos(cfg.real, cfg.split, cfg, held_out=True), few)
+        held_out = Side(open_videos(cfg, cfg.real, cfg.split, held_out=True), few)
         if len(held_out):
             sets["real, held out"] = measure(ask, held_out)
     rows = []
@@ -345,17 +343,17 @@ NOTES = {                           # of the rows that are means of what is aske
 def compare(cfg):
     """Everything that the flags ask for. Returns rows, the protocol, and a picture or None."""
     rows = []
-    picture = None
     if cfg.tokens:
         rows += token_statistics(cfg)
         if not (cfg.real or cfg.fake):
-            return rows, vars(cfg), picture
+            return rows, vars(cfg), None
     real, fake, cfg = open_sides(cfg)
     if cfg.novelty and cfg.tokens:
         rows += copied_tokens(fake, cfg)
-    name, of_clip, of_pair = questions(cfg)
+    of_clip, of_pair = questions(cfg)
     of_real = measure(of_clip, real)
     of_fake = measure(of_clip, fake)
+    name = "FVD" if cfg.features == "i3d" else f"FD-{Path(cfg.features).stem}"
     rows += distance_rows(name, of_real["features"], of_fake["features"])
     found = {"real": of_real, "fake": of_fake}
     pair = real.settings.get("pair")
@@ -366,6 +364,7 @@ def compare(cfg):
             if what in values:
                 summary = inception_score if what.startswith("IS") else torch.mean
                 rows.append((f"{what} {role}", summary(values[what]), note))
+    picture = None
     if cfg.novelty:
         copies, picture = copied_clips(real, fake, of_real, of_fake, of_clip, cfg)
         rows += copies
@@ -377,20 +376,16 @@ def compare(cfg):
                      labels=Counter(names))
         for key, value in about.items():
             protocol[f"{role}_{key}"] = value
-    if Path(cfg.features).is_file():
-        protocol["features_sha256"] = file_hash(cfg.features)
     return rows, protocol, picture
 
 
 def questions(cfg):
     """What is asked of a clip, and of a pair of clips.
 
-    Shapes: -> name of the distance, two functions: one or two clips (B, T, 3, R, R) -> {name: (B, k)}
+    Shapes: -> two functions: one or two clips (B, T, 3, R, R) -> {name: (B, k)}
     """
-    name, network = load_features(cfg)
-    lpips = None
-    if cfg.lpips_net != "none":
-        lpips = load_lpips(cfg.lpips_net, DEVICE)
+    network = load_features(cfg)
+    lpips = load_lpips(cfg.lpips_net, DEVICE)           # None for none
     if cfg.c3d:
         c3d = load_torchscript(cfg.c3d)
 
@@ -419,7 +414,7 @@ def questions(cfg):
             found["LPIPS"] = lpips_distance(a, b, lpips)
         return found
 
-    return name, of_clip, of_pair
+    return of_clip, of_pair
 
 
 def measure(ask, *sides):
@@ -492,16 +487,15 @@ def to_bytes(video):
 
 
 def load_features(cfg):
-    """The network of --features. Returns the name of its distance, and the network."""
+    """The network of --features. Shapes: -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, d)."""
     if cfg.features == "i3d":
-        return "FVD", load_i3d(cfg.i3d)
-    name = f"FD-{Path(cfg.features).stem}"
+        return load_i3d(cfg.i3d)
     if cfg.features == "random":
         print("FD-random is not FVD: random convolutions rank damage to footage, but know no "
               "objects and no actions, and no published number compares with it")
-        return name, random_features
+        return random_features
     net = load_torchscript(cfg.features)
-    return name, lambda video: net(video.transpose(1, 2))
+    return lambda video: net(video.transpose(1, 2))
 
 
 def load_i3d(path=""):
@@ -572,12 +566,12 @@ def open_sides(cfg):
             cfg = replace(cfg, **{name: told.get(name, usual)})
     for clips in (fake, real):
         if clips:
-            _, T, R, _, _ = clips.shape
+            _, T, R, *_ = clips.shape
             if T < cfg.frames or R != cfg.resolution:
                 raise SystemExit(f"{clips.path} has {T} frames of {R} pixels, asked for are "
                                  f"{cfg.frames} of {cfg.resolution}; --frames may take fewer")
-    real = Side(real or open_videos(cfg.real, cfg.split, cfg), cfg)
-    fake = Side(fake or open_videos(cfg.fake, "all", cfg), cfg)
+    real = Side(real or open_videos(cfg, cfg.real, cfg.split), cfg)
+    fake = Side(fake or open_videos(cfg, cfg.fake), cfg)
     if min(len(real), len(fake)) < 4:
         raise SystemExit(f"{len(real)} real and {len(fake)} fake clips: 4 of each are the least")
     return real, fake, cfg
@@ -593,7 +587,7 @@ def open_clips(spec, of_a_pair):
         return Videos.open(present[0])
 
 
-def open_videos(spec, split, cfg, held_out=False):
+def open_videos(cfg, spec, split="all", held_out=False):
     """Toy clips, or those of a folder of videos, never mirrored."""
     folder = spec and Path(spec).is_dir() and cfg.stride % 1 == 0
     if spec != "toy" and not folder:
