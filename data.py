@@ -114,6 +114,9 @@ class ToyVideos:
     def __len__(self):
         return TOY_VIDEOS
 
+    def keep(self, device):
+        """Nothing to keep: they are drawn, not decoded."""
+
     def __getitem__(self, key):
         i, _ = key                  # a toy video has no other frames to choose from
         label = int(i % len(self.classes))
@@ -134,6 +137,8 @@ class VideoFolder:
     Shapes:  self[i, seed] -> (T, 3, R, R) float32 in [-1, 1], label int
     Raises:  SystemExit, with the expected tree where no video can be used
     """
+
+    kept = None                     # the videos, after `keep`
 
     def __init__(self, cfg, held_out=False):
         self.cfg = cfg
@@ -187,8 +192,22 @@ class VideoFolder:
             clip = clip.flip(-1)
         return clip
 
+    def keep(self, device):
+        """Decode every video once and keep it, small and as bytes, on the training device.
+
+        Raises: SystemExit in one line where memory is short, or a video broke since the scan
+        """
+        need = sum(found["frames"] for found in self.found) * 3 * self.cfg.resolution ** 2
+        if need > 0.8 * free_memory(device):
+            raise SystemExit(f"the videos take {need / 1e9:.3f} GB, more than {device} has free: "
+                             "give --no-in-memory, or fewer videos")
+        videos = in_threads(self.read, range(len(self)), "decoding videos")
+        self.kept = [video.to(device) for video in videos]                          # (n, R, R, 3) each
+
     def read(self, i, part=slice(None)):
         """A slice of the frames of video i, all by default. Shapes: -> (n, R, R, 3) uint8."""
+        if self.kept:
+            return self.kept[i][part]
         found = self.found[i]
         indices = range(found["frames"])[part]
         return read_frames(self.files[i], indices, self.cfg.resolution, found["keys"])
@@ -208,34 +227,6 @@ def read_clip(path, start, frames, stride, resolution):
     Raises:  Unreadable
     """
     return from_uint8(read_frames(path, range(start, start + frames * stride, stride), resolution))
-
-
-class ClipsInMemory(VideoFolder):
-    """A folder's videos, decoded once and kept, small and as bytes, on the training device.
-
-    Shapes:  self.batch(B keys) -> (B, T, 3, R, R) float32 on the device, B labels: the clips that
-             dataset[video, seed] gives
-    Raises:  SystemExit in one line where memory is short, or a video broke since the scan
-    """
-
-    def __init__(self, dataset, device):
-        if not dataset.files:
-            raise SystemExit("toy clips are drawn, not decoded: give --no-in-memory")
-        self.__dict__.update(dataset.__dict__)          # the same videos, classes and labels
-        need = sum(found["frames"] for found in self.found) * 3 * self.cfg.resolution ** 2
-        if need > 0.8 * free_memory(device):
-            raise SystemExit(f"the videos take {need / 1e9:.3f} GB, more than {device} has free: "
-                             "give --no-in-memory, or fewer videos")
-        videos = in_threads(dataset.read, range(len(dataset)), "decoding videos")
-        self.videos = [video.to(device) for video in videos]                        # (n, R, R, 3) each
-
-    def read(self, i, part):
-        """As a folder's, without the decoder. Shapes: -> (n, R, R, 3) uint8 on the device."""
-        return self.videos[i][part]
-
-    def batch(self, keys):
-        """The clips and labels of B (video, seed) keys."""
-        return torch.utils.data.default_collate([self[key] for key in keys])
 
 
 # ------------------------------------------------------------------------------ what tasks ask of clips
@@ -345,7 +336,7 @@ class Videos:
         with one_line(self.path):
             append(self.path, to_uint8(videos), len(self))
             if tokens is not None:
-                append(self.tokens_path, tokens.float().cpu().numpy(), len(self))
+                append(self.tokens_path, tokens.cpu().numpy(), len(self))
         self.about["labels"] += map(int, labels)
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
 
@@ -354,23 +345,22 @@ class Videos:
         return {path.name: file_hash(path) for path in (self.path, self.tokens_path) if path.exists()}
 
     def close(self):
-        """Finish: the checksums by which `open` knows that all is there."""
+        """Finish: the checksums by which `open` knows that all is there. Returns what it opens."""
         if not self.about["sha256"]:                    # finished before: those checksums stay
             self.about["sha256"] = self.hashes()
             write_checked(self.about_path, self.about)
+        return Videos.open(self.path)
 
     @classmethod
     def open(cls, path):
         """Open for reading, after everything was checked."""
         self = cls(path)
-        known = self.about and self.about["sha256"]
-        if not known or known != self.hashes():
+        if not self.about or self.about["sha256"] != self.hashes():
             raise SystemExit(f"{path} is unfinished, or one of its files has changed: make the clips again")
         self.pixels = np.load(self.path, mmap_mode="r")
         self.tokens = None
         if self.tokens_path.exists():
             self.tokens = np.load(self.tokens_path, mmap_mode="r")
-        self.shape = self.pixels.shape
         self.settings = self.about["settings"]
         self.classes = self.about["classes"]
         self.labels = np.array(self.about["labels"])
@@ -914,10 +904,8 @@ def write_page(folder, title, settings):
     for line in text_of(folder / "log.jsonl").splitlines():
         with contextlib.suppress(ValueError):           # a stop may cut the last line off
             rows.append(json.loads(line, parse_constant=lambda name: None))         # nan is no JSON
-    step = len(rows) // 500 + 1                         # a screen has no room for more points
-    sheet = json.loads(text_of(folder / "interp_sheet.json") or "null")
     files = [name for name in reversed(written(folder)) if (folder / name).is_file()]
-    about = dict(title=title, settings=settings, files=files, rows=rows[::-step][::-1], sheet=sheet)
+    about = dict(title=title, settings=settings, files=files, rows=rows)
     text = json.dumps(about, default=str).replace("<", "\\u003c")     # names may hold </script>
     write_ours(folder / "index.html", PAGE.replace("DATA", text).encode())
 
@@ -963,7 +951,9 @@ input { accent-color: var(--mark); width: 100%; height: 2.2rem }
 <script>
 const part = id => document.getElementById(id)
 const run = JSON.parse(part("data").textContent)
-const steps = run.rows.map((row, i) => row.step ?? i)
+const every = Math.ceil(run.rows.length / 500)          // a screen has no room for more points
+const rows = run.rows.filter((row, i) => (run.rows.length - 1 - i) % every == 0)
+const steps = rows.map((row, i) => row.step ?? i)
 const short = value => String(+value.toPrecision(5))
 function add(parent, tag, attributes = {}, text = "") {
   const space = tag == "svg" ? "http://www.w3.org/2000/svg" : parent.namespaceURI
@@ -988,7 +978,7 @@ const pictures = run.files.filter(name => /\.(gif|png)$/.test(name) && name != "
 figures("films", films, "video", { autoplay: "", loop: "", muted: "", playsinline: "" }, 24)
 figures("pictures", pictures, "img", { loading: "lazy", alt: "" }, 6)
 function curve(parent, key) {
-  const points = run.rows.map((row, i) => [steps[i], row[key]]).filter(point => typeof point[1] == "number")
+  const points = rows.map((row, i) => [steps[i], row[key]]).filter(point => typeof point[1] == "number")
   const [low, high] = [Math.min, Math.max].map(end => end(...points.map(point => point[1])))
   const scale = low > 0 && high > 50 * low ? Math.log : value => value
   const x = ([step]) => 300 * (step - points[0][0]) / (points.at(-1)[0] - points[0][0] || 1)
@@ -1001,8 +991,7 @@ function curve(parent, key) {
   add(svg, "path", { d: "M0,0H300M0,50H300M0,100H300" })
   add(svg, "path", { class: "line", d: "M" + points.map(point => [x(point), y(point)]).join("L") })
   const at = add(svg, "path", { class: "line" })
-  const foot = add(card, "small", {}, short(low))
-  const where = add(foot, "span")
+  const where = add(add(card, "small", {}, short(low)), "span")
   function show(point, line) {
     value.textContent = short(point[1])
     where.textContent = `step ${point[0]}`
@@ -1016,8 +1005,7 @@ function curve(parent, key) {
   svg.onpointerleave = () => show(points.at(-1), false)
   svg.onpointerleave()
 }
-const keys = new Set(run.rows.flatMap(row => Object.keys(row).filter(key => typeof row[key] == "number")))
-keys.delete("step")
+const keys = new Set(rows.flatMap(row => Object.keys(row).filter(key => key != "step" && typeof row[key] == "number")))
 const grid = keys.size && add(part("curves"), "div", { class: "grid" })
 keys.forEach(key => curve(grid, key))
 const table = Object.keys(run.settings).length && add(part("settings"), "table")
@@ -1026,17 +1014,18 @@ for (const key in run.settings) {
   add(row, "th", {}, key)
   add(row, "td", {}, run.settings[key])
 }
-
-if (run.sheet && run.files.includes("interp_sheet.png")) {
-  const { columns, rows, width, height } = run.sheet
-  const cell = add(part("sliders"), "div", { id: "cell", style: `width: 26rem; aspect-ratio: ${width} / ${height};
-    background: url(interp_sheet.png) 0 0 / ${100 * columns}% ${100 * rows}%` })
+const image = new Image()
+image.src = run.files.find(name => name == "interp_sheet.png") ?? ""
+image.onload = () => {                                  // square cells: 25 lambdas across, the frames down
+  const columns = 25, frames = Math.round(columns * image.height / image.width)
+  const cell = add(part("sliders"), "div", { id: "cell", style: `width: 26rem; aspect-ratio: 1;
+    background: url(interp_sheet.png) 0 0 / ${100 * columns}% ${100 * frames}%` })
   const slider = (name, count) =>
     add(add(part("sliders"), "label", {}, name), "input", { type: "range", max: count - 1, value: 0 })
-  const lambda = slider("lambda", columns), time = slider("time", rows)
+  const lambda = slider("lambda", columns), time = slider("time", frames)
   const place = input => `${100 * input.value / (input.max || 1)}% `
   const show = () => cell.style.backgroundPosition = place(lambda) + place(time)
-  const playing = setInterval(() => { time.value = (+time.value + 1) % rows; show() }, 125)
+  const playing = setInterval(() => { time.value = (+time.value + 1) % frames; show() }, 125)
   lambda.oninput = show
   time.oninput = () => { clearInterval(playing); show() }
 }

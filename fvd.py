@@ -566,7 +566,7 @@ def open_sides(cfg):
             cfg = replace(cfg, **{name: told.get(name, usual)})
     for clips in (fake, real):
         if clips:
-            _, T, R, *_ = clips.shape
+            _, T, R, *_ = clips.pixels.shape
             if T < cfg.frames or R != cfg.resolution:
                 raise SystemExit(f"{clips.path} has {T} frames of {R} pixels, asked for are "
                                  f"{cfg.frames} of {cfg.resolution}; --frames may take fewer")
@@ -594,7 +594,7 @@ def open_videos(cfg, spec, split="all", held_out=False):
         raise SystemExit(f"{spec!r} is no folder of videos, nothing of sample.py's, and not toy: "
                          "give --real and --fake, or --tokens (of a folder: with a whole --stride)")
     wanted = dict(dataset=spec, data_root=spec, split=split, flip=False,
-                  out=Path(cfg.out).with_suffix(".index"))
+                  stride=int(cfg.stride), out=Path(cfg.out).with_suffix(".index"))
     return build_dataset(SimpleNamespace(**vars(cfg) | wanted), held_out)
 
 

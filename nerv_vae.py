@@ -38,7 +38,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (ClipsInMemory, build_dataset, claim, degrade, file_hash, load_lpips, parse_config,
+from data import (build_dataset, claim, degrade, file_hash, load_lpips, parse_config,
                   progress, psnr, ranks, save_video, tile, write_file, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
@@ -279,7 +279,7 @@ class NeRVVAE(nn.Module):
 
     def encode(self, video):
         """Shapes: video (B, T, 3, H, W) in [-1, 1] -> mean, logvar (B, N, d) each; what no layer reads is zero."""
-        mean, logvar = self.encoder(video)
+        mean, logvar = self.encoder(video.to(self.decoder.used.device))
         return mean * self.decoder.used, logvar
 
     @torch.compiler.disable             # a convolution a video: compiling 16 of them takes minutes and gains nothing
@@ -294,14 +294,15 @@ class NeRVVAE(nn.Module):
         return torch.cat([recomputed(self.decoder, self.cfg, tokens, part) for part in parts], 1)
 
     def play(self, tokens, frame=None):
-        """Videos of any length, one at a time, so that memory stays flat.
+        """Videos of any length, one at a time, so that memory stays flat; tokens from any device.
 
         Shapes: tokens (n, N, d), frame (T,) or None for the trained ones -> (n, T, 3, H, W) in [-1, 1], on the CPU
         """
         if frame is None:
             frame = torch.arange(self.cfg.frames).float()
-        frame = frame.to(tokens.device)
-        return torch.cat([self.decode(one, frame).cpu() for one in tokens.split(1)])
+        device = self.decoder.used.device
+        frame = frame.to(device)
+        return torch.cat([self.decode(one.to(device), frame).cpu() for one in tokens.split(1)])
 
 
 class Discriminator(nn.Module):
@@ -489,7 +490,7 @@ def train(cfg):
             if cfg.lpips_weight:
                 perceptual = load_lpips(cfg.lpips_net, run.device)
         if cfg.in_memory:
-            clips = ClipsInMemory(clips, run.device)
+            clips.keep(run.device)
 
         torch.manual_seed(cfg.seed)
         model = NeRVVAE(cfg).to(run.device)
@@ -605,7 +606,7 @@ def judge(model, clips, held_out, run):
     clips = torch.stack([held_out[i, 0][0] for i in chosen]).cpu()      # (n, T, 3, H, W)
     seen = degrade(clips, run.cfg.degrade)                              # (n, T, 3, H, W)
     # One at a time, as a training pass may hold no more.
-    means = [model.encode(clip.to(run.device))[0] for clip in seen.split(1)]    # (1, N, d) each
+    means = [model.encode(clip)[0] for clip in seen.split(1)]           # (1, N, d) each
     recon = model.play(torch.cat(means))                                # (n, T, 3, H, W)
     found = {name: psnr(recon, clips).mean().item()}
     rows = {"original": clips, "reconstruction": recon, "difference": (recon - clips).abs() - 1}
@@ -698,15 +699,12 @@ HARMLESS = {"steps", "log_every", "eval_every", "out", "resume", "workers", "in_
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-def pick_device(name="auto"):
-    """auto|cpu|cuda -> this rank's device. Denormal numbers are flushed to zero, as they are slow."""
+def pick_device():
+    """This rank's device. Denormal numbers are flushed to zero, as they are slow."""
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "cpu" or not found:
+    if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks()[0] % torch.cuda.device_count())
 
@@ -863,12 +861,10 @@ class Run(ExitStack):
     def batches(self, clips, steps):
         """This rank's share of the batch of each step. Shapes: -> (B, T, 3, H, W) on the device."""
         keys = (batch_keys(clips, self.cfg, step)[self.rows.flat] for step in steps)
-        if self.cfg.in_memory:
-            loader = map(clips.batch, keys)
-        else:
-            loader = torch.utils.data.DataLoader(
-                clips, batch_sampler=keys, num_workers=self.cfg.workers,
-                pin_memory=self.cuda, worker_init_fn=ignore_stops)
+        on_disk = not self.cfg.in_memory                # clips on a GPU go to no other process
+        loader = torch.utils.data.DataLoader(
+            clips, batch_sampler=keys, num_workers=self.cfg.workers if on_disk else 0,
+            pin_memory=self.cuda and on_disk, worker_init_fn=ignore_stops)
         for video, _ in loader:
             yield video.to(self.device, non_blocking=True)
 

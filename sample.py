@@ -77,7 +77,6 @@ class Config:
     data_root: str = ""             # folder of videos that moved, or of others that did not train
     out: str = "out/samples"        # folder that everything is written to
     fps: int = 8                    # 1..1000: frames a second of mp4 and gif
-    device: str = "auto"            # auto|cpu|cuda: what computes
     # how fast
     bench: bool = False             # time the paper's sizes, random weights (Tables A2, A3, E.16)
     model: str = "S"                # S|B|L: decoder that --bench times
@@ -102,24 +101,22 @@ def generate(cfg, out, vae, dit):
         cond = told[first:first + k]                                            # (k,) or (k, N, d)
         tokens = sample_tokens(dit, **start(cfg, dit, cond, first))             # (k, N, d)
         store.add(vae.play(tokens, frame), labels[first:first + k], tokens)
-    store.close()
-    show_samples(cfg, out, Videos.open(store.path))
+    show_samples(cfg, out, store.close())
 
 
 def interp(cfg, out, vae, dit):
     """lambda * a + (1 - lambda) * b on the tokens of two videos.
 
-    interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page.
+    interp.gif and interp.png show 9 lambdas, interp_sheet.png holds 25 for the sliders of the page,
+    which knows this number.
     Source:  paper (Sec. 4.5.2): kernels go straight, then are normalised
     """
     a, b = two_ends(cfg, out, vae)                                              # (N, d) each
-    lam = torch.linspace(1, 0, 25, device=vae.device)[:, None, None]            # (25, 1, 1)
+    lam = torch.linspace(1, 0, 25)[:, None, None]                               # (25, 1, 1)
     videos = vae.play(lam * a + (1 - lam) * b)                                  # (25, T, 3, R, R)
     _, T, _, _, R = videos.shape
     sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
     save_video(out / "interp_sheet.png", sheet)
-    about = dict(columns=25, rows=T, width=R, height=R)
-    data.write_file(out / "interp_sheet.json", json.dumps(about).encode())
     names = [f"lambda {value:.3g}" for value in lam[::3].flatten()]
     show(cfg, out, "interp", videos[::3], 9, names)
 
@@ -159,15 +156,13 @@ def reconstruct(cfg, out, vae, dit):
     for i in data.progress(range(len(a), len(chosen)), desc="reading"):
         video, label = clips[chosen[i], i]                                      # (T, 3, R, R)
         a.add(video[None], [label])
-    a.close()
-    a = Videos.open(a.path)                             # the encoder sees what will be measured
+    a = a.close()                                       # the encoder sees what will be measured
     b = Videos.create(out / "reconstruction.npy", settings, clips.classes)
     for i in data.progress(range(len(b), len(a)), desc="reconstructing"):
         video, label = a[i, 0]
         given = data.degrade(video, vae.cfg.degrade)                            # (T, 3, R, R)
         b.add(vae.play(encode(given, vae)), [label])
-    b.close()
-    b = Videos.open(b.path)
+    b = b.close()
     quality = [data.psnr(a[i, 0][0], b[i, 0][0]).mean() for i in range(len(a))]
     print(f"{len(a)} {which} clips: PSNR {np.mean(quality):.2f} dB (mean over frames, then clips)")
     k = min(8, len(a))
@@ -224,8 +219,7 @@ def film(cfg, out, vae, dit):
         z, guess = walk[round(done * (len(walk) - 1))]                          # (n, N, d) each
         time = abs(i * cfg.fps / 12.5 % (2 * turn) - turn)                      # T-1 .. 0 .. T-1 ..
         videos = vae.play(guess, torch.tensor([time]))[:, 0]                    # (n, 3, R, R)
-        tokens = (z - dit.token_mean) / dit.token_std
-        sheets.append(film_sheet(tokens.cpu(), videos, names, done))
+        sheets.append(film_sheet(dit.normalise(z).cpu(), videos, names, done))
     save_video(out / "film.gif", data.from_uint8(np.stack(sheets)), 12.5)
     print(f"wrote {out}/film.gif: {len(walk)} steps from noise to weights, and to video")
 
@@ -250,7 +244,7 @@ def bench(cfg, out, vae, dit):
              GAN, no weights of the loss; bfloat16, torch.compile, memory and all 250 steps on CUDA
              only
     """
-    device = nerv_vae.pick_device(cfg.device)
+    device = nerv_vae.pick_device()
     gpu = device.type == "cuda"
     preset = "ucf256" if cfg.resolution == 256 else "ucf"
     c = replace(nerv_vae.Config(**nerv_vae.PRESETS[preset]), model=cfg.model)
@@ -365,7 +359,8 @@ def asked(cfg, vae, dit, n):
         return condition, clips.classes, clips.labels[order], torch.cat(told)
     classes = dit.class_names if condition == "class" else ["video"]
     labels = pick_labels(cfg.classes, classes, n)
-    return condition, classes, labels, torch.tensor(labels, device=vae.device)
+    told = torch.tensor(labels, device=dit.token_mean.device)
+    return condition, classes, labels, told
 
 
 def pick_labels(wanted, names, n):
@@ -398,24 +393,23 @@ def start(cfg, dit, cond, first=0):
 
 def encode(clip, vae):
     """Mean tokens of a clip. Shapes: (T, 3, R, R) -> (1, N, d)."""
-    return vae.encode(clip[None].to(vae.device))[0]
+    return vae.encode(clip[None])[0]
 
 
 def file_tokens(path, vae):
     """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, R, R)."""
-    T = vae.cfg.frames
-    stride = vae.cfg.stride
-    with nerv_vae.told(f"{path} has no readable clip of {T} frames at stride {stride}"):
-        if stride == 0:                                 # the clip spreads over the whole video
-            stride = (data.count_frames(path) - 1) // max(T - 1, 1)
-        clip = data.read_clip(path, 0, T, stride, vae.cfg.resolution)
+    c = vae.cfg
+    with nerv_vae.told(f"{path} has no readable clip of {c.frames} frames at stride {c.stride}"):
+        # At stride 0 the clip spreads over the whole video.
+        stride = c.stride or (data.count_frames(path) - 1) // max(c.frames - 1, 1)
+        clip = data.read_clip(path, 0, c.frames, stride, c.resolution)
     return encode(clip, vae)[0], clip
 
 
 def two_ends(cfg, out, vae):
     """Tokens of --video-a, else the first sample, and --video-b, else the last. -> (2, N, d)."""
     tokens = Videos.open(out / "samples.npy").tokens
-    ends = torch.tensor(tokens[[0, -1]], device=vae.device)
+    ends = torch.tensor(tokens[[0, -1]])
     for i, path in enumerate((cfg.video_a, cfg.video_b)):
         if path:
             ends[i] = file_tokens(path, vae)[0]
@@ -428,8 +422,8 @@ def unseen_clips(cfg, vae):
     Held-out ones of stage 1's folder; all of it where all trained; all of another --data-root.
     A folder that only moved is told by its files: stage 1's index knows their names and sizes.
     """
-    root = cfg.data_root or vae.cfg.data_root
-    about = replace(vae.cfg, flip=False, out=cfg.out, data_root=root)
+    about = replace(vae.cfg, flip=False, out=cfg.out,
+                    data_root=cfg.data_root or vae.cfg.data_root)
     known = data.read_checked(vae.path.with_name("index.json"))
     if known:
         root, names, _ = data.find_videos(about)
@@ -446,11 +440,8 @@ def unseen_clips(cfg, vae):
 def clip_settings(vae, long=1):
     """What a measurement must know about clips with `long` frames for every trained one."""
     c = vae.cfg
-    stride = c.stride / long
-    if stride.is_integer():
-        stride = int(stride)
-    return dict(dataset=c.dataset, frames=c.frames * long, stride=stride, resolution=c.resolution,
-                split=c.split, vae_sha256=vae.sha256, vae_step=vae.step)
+    return dict(dataset=c.dataset, frames=c.frames * long, stride=c.stride / long, split=c.split,
+                resolution=c.resolution, vae_sha256=vae.sha256, vae_step=vae.step)
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -460,27 +451,25 @@ def load(cfg, modes):
 
     dit.how: sampler, steps and guidance are the flags', else those that the DiT was configured with.
     """
-    device = nerv_vae.pick_device(cfg.device)
-    dit = None
     if cfg.bench:
         return None, None
     if cfg.weights:
         cfg = replace(cfg, dit=f"{cfg.weights}-dit.pt", vae=f"{cfg.weights}-vae.pt")
-    if not WITHOUT_DIT.issuperset(modes):
-        dit = nerv_dit.load_dit(cfg.dit, device)
-        if not dit.by_class and (cfg.classes or cfg.guidance not in (0, 1)):
-            raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
-                             "--classes and --guidance")
-        sampler = dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler
-        dit.how = dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
-                       guidance=cfg.guidance or dit.cfg.guidance)
-        cfg = replace(cfg, vae=cfg.vae or dit.cfg.vae)
-    vae = nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device)
-    vae.device = device
-    if dit and vae.sha256 != dit.vae_sha256:
+    device = nerv_vae.pick_device()
+    if WITHOUT_DIT.issuperset(modes):
+        return nerv_vae.load_vae(cfg.vae or "out/vae/ckpt.pt", device), None
+    dit = nerv_dit.load_dit(cfg.dit, device)
+    if not dit.by_class and (cfg.classes or cfg.guidance not in (0, 1)):
+        raise SystemExit(f"{cfg.dit} has no classes to choose from or exaggerate; leave out "
+                         "--classes and --guidance")
+    sampler = dit.cfg.sampler if cfg.sampler == "auto" else cfg.sampler
+    dit.how = dict(sampler=sampler, steps=cfg.sample_steps or dit.cfg.sample_steps,
+                   guidance=cfg.guidance or dit.cfg.guidance)
+    vae = nerv_vae.load_vae(cfg.vae or dit.cfg.vae, device)
+    if vae.sha256 != dit.vae_sha256:
         raise SystemExit(f"{cfg.dit} was trained on another tokenizer than {vae.path}; say with "
                          f"--vae where the one is whose sha256 is {dit.vae_sha256}")
-    if dit and not cfg.export:
+    if not cfg.export:
         ready_to_sample(dit, cfg, device)
     return vae, dit
 
@@ -587,7 +576,7 @@ def film_sheet(tokens, videos, names, done):
         frame = Image.fromarray(data.to_uint8(videos[i]))
         sheet.paste(token_colours(tokens[i]).resize((128, 128), Image.NEAREST), (x + 12, y + 42))
         sheet.paste(frame.resize((128, 128)), (x + 164, y + 42))
-    return np.array(sheet)
+    return np.array(ImageOps.posterize(sheet, 5))       # fewer colours make a smaller gif
 
 
 def token_colours(tokens):
@@ -661,9 +650,9 @@ def play_numbers(numbers, vae):
 
     Shapes:  (n,) -> (T, 3, R, R)
     """
-    used = vae.decoder.used                                                     # (N, d)
-    tokens = torch.zeros(used.shape, device=used.device)
-    tokens[used] = numbers.to(used.device)
+    used = vae.decoder.used.cpu()                                               # (N, d)
+    tokens = torch.zeros(used.shape)
+    tokens[used] = numbers
     return vae.play(tokens[None])[0]
 
 

@@ -1180,13 +1180,14 @@ def test_clips_in_memory_are_the_loaders(tree, tmp_path, monkeypatch, stride):
     """Catches kept clips of other frames, unmirrored or with other labels; and memory taken that is not there."""
     videos = data.build_dataset(folder_config(tree, tmp_path, stride=stride))
     keys = [(i, seed) for i in range(len(videos)) for seed in range(5)]
-    clips, labels = data.ClipsInMemory(videos, "cpu").batch(keys)
-    assert clips.dtype == torch.float32
-    assert torch.equal(clips, torch.stack([videos[key][0] for key in keys]))
-    assert labels.tolist() == [videos[key][1] for key in keys]
-    assert "--no-in-memory" in one_line(data.ClipsInMemory, data.ToyVideos(videos.cfg), "cpu")
+    decoded = [videos[key] for key in keys]
+    videos.keep("cpu")
+    monkeypatch.setattr(data, "read_frames", None)      # the decoder is gone
+    for key, (clip, label) in zip(keys, decoded):
+        kept, same = videos[key]
+        assert kept.dtype == torch.float32 and torch.equal(kept, clip) and same == label
     monkeypatch.setattr(data, "free_memory", lambda device: 1000)
-    assert "--no-in-memory" in one_line(data.ClipsInMemory, videos, "cpu")
+    assert "--no-in-memory" in one_line(videos.keep, "cpu")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -1318,15 +1319,9 @@ def test_page_of_a_run(tmp_path):
     assert len(text.splitlines()) <= 120 and text.count("</script>") == 2
     told = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
     assert told["title"] == "</script><b>" and told["settings"] == dict(classes=["</script>", "a & b"], lr=1e-3)
-    assert told["files"] == ["c d'é.mp4", "b.png", "a.gif"] and told["sheet"] is None
-    assert told["rows"][-1] == dict(step=1200, loss=None) and 300 < len(told["rows"]) <= 501
-    assert all(row in rows for row in told["rows"][:-1])
+    assert told["files"] == ["c d'é.mp4", "b.png", "a.gif"]
+    assert told["rows"] == rows + [dict(step=1200, loss=None)]
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)               # nothing from elsewhere
-    data.save_video(tmp_path / "interp_sheet.png", torch.rand(1, 3, 16, 16))
-    (tmp_path / "interp_sheet.json").write_text(json.dumps(dict(columns=2, rows=2, width=8, height=8), indent=1))
-    data.write_page(tmp_path, "run", {})
-    told = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "index.html").read_text())[1])
-    assert told["sheet"] == dict(columns=2, rows=2, width=8, height=8)
 
 
 def make_videos(path, count=5, **settings):
@@ -1355,7 +1350,7 @@ def test_videos_on_disk_grow_and_go_on(tmp_path):
     data.append(path, data.to_uint8(clips[4:]), 4)
     store.close()
     back = data.Videos.open(path)
-    assert back.shape == (5, 4, 8, 8, 3) and back.classes == ["a", "b"] and len(back) == 5
+    assert back.pixels.shape == (5, 4, 8, 8, 3) and back.classes == ["a", "b"] and len(back) == 5
     assert back.labels.tolist() == [0, 1, 1, 0, 1] and back.settings["guidance"] == 1.5
     assert np.array_equal(back.tokens, tokens.numpy())
     whole = torch.stack([back[i, 0][0] for i in range(5)])
@@ -2778,12 +2773,11 @@ def test_pictures_are_of_the_samples(run, lively, tmp_path):
     out = run_sample(tmp_path, *words)
     vae = nerv_vae.load_vae(run.vae, "cpu")
     clips = data.Videos.open(out / "samples.npy")
-    assert clips.shape == (3, 8, 32, 32, 3) and clips.settings["stride"] == 0.5
+    assert clips.pixels.shape == (3, 8, 32, 32, 3) and clips.settings["stride"] == 0.5
     a, _, b = (vae.decoder.instantiate(torch.tensor(z)) for z in clips.tokens)
     assert np.array_equal(clips.pixels[0], data.to_uint8(a(torch.arange(8.0) / 2)))
     sheet = iio.imread(out / "interp_sheet.png").astype(int)
-    about = json.loads((out / "interp_sheet.json").read_text())
-    assert sheet.shape == (about["rows"] * about["height"], about["columns"] * about["width"], 3)
+    assert sheet.shape == (4 * 32, 25 * 32, 3)          # the page knows of 25 columns and of square cells
     first = data.to_uint8(a(torch.tensor([2.0])))[0].astype(int)
     last = data.to_uint8(b(torch.tensor([3.0])))[0].astype(int)
     assert abs(sheet[64:96, :32] - first).max() <= 1
