@@ -880,7 +880,7 @@ def save_video(path, video, fps=8):
 
 
 def to_gif(frames, fps):
-    """The bytes of a gif.
+    """The bytes of a gif. All frames share one palette, or what stands still would shimmer.
 
     Shapes:  frames (T, H, W, 3) uint8
     Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
@@ -889,7 +889,10 @@ def to_gif(frames, fps):
     step = math.ceil(fps / 50)
     starts = np.arange(0, len(frames) + step, step) / fps
     delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
-    return iio.imwrite("<bytes>", frames[::step], extension=".gif", save_all=True,      # one frame, too
+    frames = frames[::step]
+    below = Image.fromarray(np.concatenate(frames)).quantize().convert("RGB")
+    frames = np.array(below).reshape(frames.shape)
+    return iio.imwrite("<bytes>", frames, extension=".gif", save_all=True,          # one frame, too
                        duration=delays.tolist(), loop=0)
 
 

@@ -576,7 +576,7 @@ def film_sheet(tokens, videos, names, done):
         frame = Image.fromarray(data.to_uint8(videos[i]))
         sheet.paste(token_colours(tokens[i]).resize((128, 128), Image.NEAREST), (x + 12, y + 42))
         sheet.paste(frame.resize((128, 128)), (x + 164, y + 42))
-    return np.array(ImageOps.posterize(sheet, 5))       # fewer colours make a smaller gif
+    return np.array(sheet)
 
 
 def token_colours(tokens):
