@@ -110,7 +110,7 @@ def decoder_width(model):
 
 def count_doublings(cfg):
     """How often pe_size is doubled to reach the resolution. Raises SystemExit where it never does."""
-    levels = (cfg.resolution // max(cfg.pe_size, 1)).bit_length() - 1
+    levels = (cfg.resolution // cfg.pe_size).bit_length() - 1
     if levels < 1 or cfg.pe_size << levels != cfg.resolution:
         raise SystemExit(f"resolution {cfg.resolution} is not pe_size {cfg.pe_size} times 2, 4, 8, "
                          "...; change --resolution or --pe-size")
@@ -558,11 +558,12 @@ def nerv_dec_plan(cfg):
         raise SystemExit("--model nerv_dec goes from 1 to 256 pixels, whole kernels at a time, without "
                          "side paths; use --pe-size 1 --resolution 256 --side none "
                          "--parameterization repeat")
-    widths = [PE_DIM, 16, 32, 16, 3]
-    plan = []
-    for i, (kind, k) in enumerate([("stem", 1), ("conv", 3), ("conv", 3), ("rgb", 3)]):
-        plan.append(Layer(kind, widths[i], 16 * widths[i + 1], k, 4 ** i, 4 ** (i + 1), 0, 0))
-    return plan
+    return [                            # c_out is 16 times the width, as 4 x 4 pixels come of every cell
+        Layer("stem", PE_DIM, 256, 1, 1, 4, 0, 0),
+        Layer("conv", 16, 512, 3, 4, 16, 0, 0),
+        Layer("conv", 32, 256, 3, 16, 64, 0, 0),
+        Layer("rgb", 16, 48, 3, 64, 256, 0, 0),
+    ]
 
 
 def layer_tokens(cfg, layers):

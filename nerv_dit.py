@@ -112,16 +112,15 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim, attention):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)  # no weights: serves both
         self.attention = attention
         self.mlp = mlp(dim)
         self.adaln = zeroed(nn.Linear(dim, 6 * dim))    # gates of zero
 
     def forward(self, x, steering):
         shift1, scale1, gate1, shift2, scale2, gate2 = steering.chunk(6, 1)  # (B, 1, dim) each
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attention(self.norm(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
 
 class DiT(nn.Module):
@@ -314,7 +313,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     z = noise                                           # stays float32 throughout
     for i in progress(range(steps), desc="sampling", leave=False):
         # A GPU computes in bfloat16, whatever --bf16 says of training.
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+        with torch.autocast(z.device.type, torch.bfloat16, z.is_cuda):
             if i % 10 == 0:             # ten steps at once: weights that steer are read once
                 steering = model.steer(times[i:i + 10, None], cond)     # (10, 1 or 2B, m, dim)
             both = torch.cat([z, z]) if guided else z
