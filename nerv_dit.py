@@ -20,6 +20,7 @@ import copy
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (append, build_dataset, condition_video, file_hash, parse_config, progress,
-                  save_video, tile, write_file)
+from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video,
+                  tile, write_file)
 from nerv_vae import (Attention, Block, Run, carry_on, ignore_stops, learning_rate, load_checkpoint,
                       load_vae, mlp, sinusoids, size_of, told, update_ema)
 
@@ -69,7 +70,7 @@ class Config:
     # run
     bf16: bool = False              # bfloat16 autocast on CUDA
     compile: bool = False           # torch.compile on CUDA
-    workers: int = 0                # 0..: loader processes for the token cache
+    workers: int = 0                # 0..: loader processes of each rank for the token cache
     log_every: int = 50             # 1..: steps between lines of log.jsonl
     eval_every: int = 550           # 1..: steps between sample pictures and checkpoints
     out: str = "out/dit"            # folder of the run
@@ -526,9 +527,8 @@ def cache_tokens(cfg, vae, run):
         what.append(clips.found)                        # size and time of change of each file
     key = hashlib.sha256(str(what).encode()).hexdigest()[:12]
     path = vae.path.parent / f"tokens-{key}.npy"
-    with run.first_rank_first():
-        if read_cache(path) is None:
-            fill_cache(cfg, vae, run, clips, path)
+    if run.agree(int(read_cache(path) is None)):
+        fill_cache(cfg, vae, run, clips, path)
     return read_cache(path)
 
 
@@ -543,30 +543,42 @@ def read_cache(path):
 
 @torch.no_grad()
 def fill_cache(cfg, vae, run, clips, path):
-    """One rank encodes all clips, by ordinary writes: a full disk is a line, no crash."""
+    """Every rank encodes its rows into one file, by ordinary writes: a full disk is a line, no crash."""
     keys = []
     for r in range(cfg.clips_per_video):
         for i in range(len(clips)):
             keys.append((i, cfg.seed * 1_000_003 + i * 1009 + r))
+    first = run.rank * len(keys) // run.world
+    mine = keys[first:(run.rank + 1) * len(keys) // run.world]
+    kinds = 3 if cfg.by_tokens else 2
+    shape = (len(keys), kinds, vae.cfg.tokens, vae.cfg.token_dim)
     # No more clips at once than a training pass holds.
     at_once = max(1, 2 ** 20 // (vae.cfg.frames * vae.cfg.resolution ** 2))
-    loader = torch.utils.data.DataLoader(clips, at_once, sampler=keys, num_workers=cfg.workers,
+    loader = torch.utils.data.DataLoader(clips, at_once, sampler=mine, num_workers=cfg.workers,
                                          worker_init_fn=ignore_stops)
-    # Named by the number of this run's folder: its own, and what a kill leaves is used again.
-    part = path.with_suffix(f".{run.out.stat().st_ino}.part")
-    labels = []                                         # of the clips read: a broken file has another's
+    whose = zlib.crc32(bytes(run.out.resolve()))
+    part = path.with_suffix(f".{whose}.part")           # of this run: what a kill leaves is used again
+    labels = [0] * first
     try:
-        for video, label in progress(loader, desc="encoding clips", leave=False):
-            video = video.to(run.device)
-            rows = list(vae.encode(video))              # mean, logvar: (b, N, d) each
-            if cfg.by_tokens:
-                rows.append(vae.encode(condition_video(video, cfg.condition))[0])
-            rows = torch.stack(rows, 1).half()          # (b, 2 or 3, N, d)
-            append(part, rows.cpu().numpy(), len(labels))
-            labels += label.tolist()
-        notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
-        write_file(path.with_suffix(".json"), json.dumps(notes).encode())
-        part.replace(path)
+        part.touch()
+        with open(part, "r+b") as file:
+            header = dict(descr="<f2", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.seek(file.tell() + 2 * first * math.prod(shape[1:]))
+            for video, label in progress(loader, run.rank > 0, desc="encoding clips", leave=False):
+                video = video.to(run.device)
+                rows = list(vae.encode(video))          # mean, logvar: (b, N, d) each
+                if cfg.by_tokens:
+                    rows.append(vae.encode(condition_video(video, cfg.condition))[0])
+                rows = torch.stack(rows, 1).half()      # (b, 2 or 3, N, d)
+                file.write(rows.cpu().numpy())
+                labels += label.tolist()                # of the clips read: a broken file has another's
+        labels = run.agree(labels + [0] * (len(keys) - len(labels)))
+        if run.rank == 0:
+            notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
+            write_file(path.with_suffix(".json"), json.dumps(notes).encode())
+            part.replace(path)
+        run.agree(0)
     except OSError as error:
         raise SystemExit(f"cannot write {path} ({error.strerror}): make room, or copy the "
                          "tokenizer to where you may write, and name it with --vae") from error
