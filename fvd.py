@@ -327,8 +327,7 @@ def entropy(p):
 
 # ------------------------------------------------------------------------------------------ the measurement
 
-NOTES = {                           # of the rows that are means of what is asked, or an IS
-    "IS": "of I3D's 400 classes, one split",
+NOTES = {                           # of the rows that are means of what is asked, or C3D's IS
     "IS-C3D": "of C3D's classes, first 16 frames, one split",
     "flickering": "VBench's formula, 1 for a still",
     "fLPIPS": "neighbouring frames",
@@ -362,7 +361,7 @@ def compare(cfg):
     for role, values in found.items():
         for what, note in NOTES.items():
             if what in values:
-                summary = inception_score if what.startswith("IS") else torch.mean
+                summary = inception_score if what == "IS-C3D" else torch.mean
                 rows.append((f"{what} {role}", summary(values[what]), note))
     picture = None
     if cfg.novelty:
@@ -398,8 +397,6 @@ def questions(cfg):
         cells = F.adaptive_avg_pool3d(video.transpose(1, 2), (4, 8, 8))
         still = 1 - video.diff(dim=1).abs().mean((2, 3, 4)) / 2
         found = dict(features=network(seen), pixels=cells.flatten(1), flickering=still)
-        if cfg.features == "i3d":
-            found["IS"] = found["features"].softmax(1)
         if cfg.c3d:
             found["IS-C3D"] = c3d(to_bytes(video[:, :16]))
         if lpips:
@@ -435,13 +432,13 @@ def distance_rows(name, real, fake):
     """The distance and how far to trust it. Shapes: real (n, d), fake (m, d) -> rows."""
     n, d = real.shape
     m = len(fake)
+    floor = frechet_distance(*real.tensor_split(2))
     again = [frechet_distance(real, fake[torch.randint(m, (m,))]) for _ in range(5)]
     return [
         (name, frechet_distance(real, fake),
          f"{n} real, {m} fake clips; fewer than {2 * d} bias it upward"),
         (f"{name} spread", np.std(again, ddof=1), "deviation over 5 bootstraps of the fake side"),
-        (f"{name} floor", frechet_distance(*real.tensor_split(2)),
-         f"real against real, one half of the {n} clips against the other"),
+        (f"{name} floor", floor, f"real against real, one half of the {n} clips against the other"),
     ]
 
 

@@ -20,7 +20,6 @@ import copy
 import hashlib
 import json
 import math
-import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -548,16 +547,16 @@ def fill_cache(cfg, vae, run, clips, path):
     for r in range(cfg.clips_per_video):
         for i in range(len(clips)):
             keys.append((i, cfg.seed * 1_000_003 + i * 1009 + r))
-    first = run.rank * len(keys) // run.world
-    mine = keys[first:(run.rank + 1) * len(keys) // run.world]
-    kinds = 3 if cfg.by_tokens else 2
-    shape = (len(keys), kinds, vae.cfg.tokens, vae.cfg.token_dim)
+    n = len(keys)
+    first = run.rank * n // run.world
+    mine = keys[first:(run.rank + 1) * n // run.world]
+    shape = (n, 3 if cfg.by_tokens else 2, vae.cfg.tokens, vae.cfg.token_dim)
     # No more clips at once than a training pass holds.
     at_once = max(1, 2 ** 20 // (vae.cfg.frames * vae.cfg.resolution ** 2))
     loader = torch.utils.data.DataLoader(clips, at_once, sampler=mine, num_workers=cfg.workers,
                                          worker_init_fn=ignore_stops)
-    whose = zlib.crc32(bytes(run.out.resolve()))
-    part = path.with_suffix(f".{whose}.part")           # of this run: what a kill leaves is used again
+    # Named by the number of this run's folder: its own, and what a kill leaves is used again.
+    part = path.with_suffix(f".{run.out.stat().st_ino}.part")
     labels = [0] * first
     try:
         part.touch()
@@ -573,7 +572,7 @@ def fill_cache(cfg, vae, run, clips, path):
                 rows = torch.stack(rows, 1).half()      # (b, 2 or 3, N, d)
                 file.write(rows.cpu().numpy())
                 labels += label.tolist()                # of the clips read: a broken file has another's
-        labels = run.agree(labels + [0] * (len(keys) - len(labels)))
+        labels = run.agree(labels + [0] * (n - len(labels)))
         if run.rank == 0:
             notes = dict(labels=labels, videos=[i for i, _ in keys], classes=clips.classes)
             write_file(path.with_suffix(".json"), json.dumps(notes).encode())
