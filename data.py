@@ -336,7 +336,7 @@ class Videos:
         with one_line(self.path):
             append(self.path, to_uint8(videos), len(self))
             if tokens is not None:
-                append(self.tokens_path, tokens.cpu().numpy(), len(self))
+                append(self.tokens_path, tokens.float().cpu().numpy(), len(self))
         self.about["labels"] += map(int, labels)
         write_checked(self.about_path, self.about)      # last: what it does not count is not there
 
