@@ -292,7 +292,7 @@ def psnr(a, b):
 
 def to_uint8(video):
     """Pixels to bytes, rounded. Shapes: (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) numpy uint8."""
-    video = (video.movedim(-3, -1).float() + 1) * 127.5
+    video = (video.movedim(-3, -1) + 1) * 127.5
     return video.round().clamp(0, 255).byte().cpu().numpy()
 
 
@@ -812,7 +812,7 @@ def progress(iterable=None, quiet=False, **settings):
 
 def free_memory(device):
     """Bytes that are free on a device; infinite where the system does not say."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     told = re.search(r"MemAvailable: *(\d+)", text_of(Path("/proc/meminfo")))
     return int(told[1]) * 1024 if told else math.inf
@@ -838,7 +838,7 @@ def enlarge(video):
     scale = 128 // max(video.shape[-2:])
     if scale < 2:
         return video
-    flat = F.interpolate(video.flatten(0, -4).float(), scale_factor=scale, mode="bicubic")
+    flat = F.interpolate(video.flatten(0, -4), scale_factor=scale, mode="bicubic")
     return flat.clamp(-1, 1).unflatten(0, video.shape[:-3])
 
 
@@ -849,14 +849,13 @@ def tile(videos, columns, labels=()):
     """
     videos = enlarge(videos.cpu())
     W = videos.shape[-1]
-    top = W * 3 // 16 if labels else 0                  # letters of W / 8: to be read on a phone
+    top = W * 3 // 16 if labels else 0
     missing = -len(videos) % columns                    # cells of the last row, which stay white
     videos = F.pad(videos, (2, 2, top + 2, 2, 0, 0, 0, 0, 0, missing), value=1.0)
+    font = ImageFont.load_default(W // 9)               # to be read on a phone
     for video, label in zip(videos, labels):
-        label = label[:24]
-        font = ImageFont.load_default(min(W // 8, 2 * W // (len(label) + 3)))
         paper = Image.new("RGB", (W, top), "white")
-        ImageDraw.Draw(paper).text((0, top), label, "black", font, "ld")
+        ImageDraw.Draw(paper).text((0, top), label, "black", font, "ld")        # cut where it is full
         video[..., 2:top + 2, 2:-2] = from_uint8(np.array(paper))
     rows = [torch.cat(list(row), -1) for row in videos.split(columns)]              # (T, 3, h, W') each
     return torch.cat(rows, -2)

@@ -1181,13 +1181,13 @@ def test_clips_in_memory_are_the_loaders(tree, tmp_path, monkeypatch, stride):
     videos = data.build_dataset(folder_config(tree, tmp_path, stride=stride))
     keys = [(i, seed) for i in range(len(videos)) for seed in range(5)]
     decoded = [videos[key] for key in keys]
-    videos.keep("cpu")
+    videos.keep(torch.device("cpu"))
     monkeypatch.setattr(data, "read_frames", None)      # the decoder is gone
     for key, (clip, label) in zip(keys, decoded):
         kept, same = videos[key]
         assert kept.dtype == torch.float32 and torch.equal(kept, clip) and same == label
     monkeypatch.setattr(data, "free_memory", lambda device: 1000)
-    assert "--no-in-memory" in one_line(videos.keep, "cpu")
+    assert "--no-in-memory" in one_line(videos.keep, torch.device("cpu"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
