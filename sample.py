@@ -206,7 +206,7 @@ def decompress(cfg, out, vae, dit):
 def film(cfg, out, vae, dit):
     """The sampler at work, film.gif: tokens turn from noise to weights, beside what they decode to.
 
-    Up to 6 videos. Four seconds of walk, three of what it came to; the clips run to and fro.
+    Up to 6 videos. Four seconds of walk, two of what it came to; the clips run to and fro.
     """
     n = min(cfg.n, 6)
     _, classes, labels, told = asked(cfg, vae, dit, n)
@@ -214,7 +214,7 @@ def film(cfg, out, vae, dit):
     walk = list(denoise_steps(dit, **start(cfg, dit, told)))
     turn = max(vae.cfg.frames - 1, 1)
     sheets = []
-    for i in range(88):
+    for i in range(75):
         done = min(i / 49, 1)
         z, guess = walk[round(done * (len(walk) - 1))]                          # (n, N, d) each
         time = abs(i * cfg.fps / 12.5 % (2 * turn) - turn)                      # T-1 .. 0 .. T-1 ..
