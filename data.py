@@ -198,6 +198,7 @@ class VideoFolder:
         Raises: SystemExit in one line where memory is short, or a video broke since the scan
         """
         need = sum(found["frames"] for found in self.found) * 3 * self.cfg.resolution ** 2
+        print(f"{len(self)} videos take {need / 1e9:.3f} GB of the memory of {device}")
         if need > 0.8 * free_memory(device):
             raise SystemExit(f"the videos take {need / 1e9:.3f} GB, more than {device} has free: "
                              "give --no-in-memory, or fewer videos")
