@@ -96,7 +96,7 @@ def inception_score(probabilities):
     """exp of the entropy of the average clip's classes, less the average entropy of a clip's.
 
     Shapes:  (n, k) -> float
-    Source:  paper (Table 1), IS of arXiv 1606.03498
+    Source:  paper (Table A5), IS of arXiv 1606.03498
              choice (not said): one split, as a tenth of the clips scores too low
     """
     p = probabilities.double()
