@@ -155,14 +155,14 @@ class ModulatedConv2d(nn.Module):
     """A convolution whose kernel differs from video to video and is the same for all frames of a video.
 
     The tokens are part of the kernel: a linear head turns each token into its share of the block
-    kernel[:gen_out, :gen_in]. Everything else in the kernel is shared by all videos. Dividing by the norm over all
+    kernel[:gen_out, :gen_in]. The block is added to a kernel that all videos share. Dividing by the norm over all
     axes but the output channel keeps feature maps at unit scale, whatever was written.
 
     Shapes:  x (B*T, c_in, H, W), tokens (B, N, d) -> (B*T, c_out, H', W'), twice as large where the layer doubles
     Units:   the output has unit scale where the input is the GELU of something of unit scale
     Source:  paper Sec. 3.1 (channel-wise parameterization; normalisation), E.18 (a head for each layer). Choice: the
-             head's bias is one number for each entry of the block, namely the shared kernel there, so that the mean
-             video starts as an ordinary convolution (such a start is worth 1.8 dB in NeRV-Enc B)
+             shared kernel lies under the block too, in place of a bias of the head, so that the mean video starts as
+             an ordinary convolution (such a start is worth 1.8 dB in NeRV-Enc B)
     """
     rows = slice(None)          # which tokens it reads: all (Table 2b and NeRV-Enc also try other ways)
     columns = None              # how many channels of them: all
@@ -174,8 +174,8 @@ class ModulatedConv2d(nn.Module):
         start = torch.randn(layer.c_out, layer.c_in * layer.k ** 2)
         self.shared = nn.Parameter(cfg.kernel_init * start)
         self.bias = nn.Parameter(torch.zeros(layer.c_out))
-        self.numel = self.count_generated()
-        self.per_token = math.ceil(self.numel / cfg.tokens)
+        self.written = self.count_generated()
+        self.per_token = math.ceil(self.written / cfg.tokens)
         self.head = nn.Linear(cfg.token_dim, self.per_token, bias=False)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(cfg.token_dim))
         self.scale = cfg.kernel_init           # what the tokens write is as large as what is shared
@@ -188,11 +188,11 @@ class ModulatedConv2d(nn.Module):
     def generated(self, tokens):
         """The numbers that the tokens supply; where N does not divide them, the last ones are cut.
 
-        Token n supplies numbers n * per_token to (n + 1) * per_token - 1. Shapes: (B, N, d) -> (B, numel)
+        Token n supplies numbers n * per_token to (n + 1) * per_token - 1. Shapes: (B, N, d) -> (B, written)
         """
         tokens = tokens[:, self.rows, :self.columns]
         values = self.head(tokens)[..., :self.per_token]  # a shared head (Table 2b) has more
-        return self.scale * values.flatten(1)[:, :self.numel]           # (B, numel)
+        return self.scale * values.flatten(1)[:, :self.written]         # (B, written)
 
     def modulate(self, tokens):
         """The kernel of each video before it is normalised. Shapes: (B, N, d) -> (B, c_out, c_in, k, k)."""
@@ -271,7 +271,7 @@ def render(layers, convs, x, side):
 
     Shapes:  x (n, 48, h, w) -> (n, 3, H, W) in [-1, 1]; layers and convs go in pairs, convs[i](x) -> y
     Source:  paper Table A1; GELU in all blocks and tanh at the end (A.2); residual sums (Sec. 3.2, A.1). Choice: the
-             sum comes after the GELU and is divided by sqrt(2), which keeps unit scale, as StyleGAN2
+             sum comes after the GELU and is divided by sqrt(2), which roughly keeps the scale, as StyleGAN2
     """
     if side != "residual":
         return render_otherwise(layers, convs, x, side)  # Table 2e's other ways; NeRV-Enc

@@ -63,7 +63,7 @@ class Config:
     grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
     ema: float = 0.999              # 0..1: decay of the averaged weights (choice)
     # sampling
-    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic (choice: as DiT)
+    sampler: str = "ddim"           # ddpm|ddim: ancestral or deterministic (choice; paper presets: ddpm, as DiT)
     sample_steps: int = 50          # 2..1000: steps from noise to tokens (paper Table A3: 250)
     guidance: float = 3.0           # 0..: classifier-free guidance, 1 is off (paper A.1: 2)
     # run
@@ -137,7 +137,7 @@ class DiT(nn.Module):
     def __init__(self, cfg, tokens, token_dim, classes):
         super().__init__()
         self.cfg = cfg
-        self.classes = classes
+        self.classes = classes                          # how many; also the label that stands for "no class"
         self.by_tokens = cfg.by_tokens
         self.by_class = cfg.condition == "class" and classes > 1
         dim = cfg.dim
@@ -294,7 +294,7 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
 
     Guidance acts on all d channels: none + guidance * (class - none), both answers from one batch.
-    There is none without classes.
+    Without classes, guidance is ignored.
     Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
     Shapes:  noise (B, N, d), cond as DiT -> (B, N, d) twice, scaled back to the tokenizer's units
     Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
@@ -343,7 +343,10 @@ def sample_tokens(model, cond, noise, *how, **settings):
 # ---------------------------------------------------------------------------------------------- training
 
 def measure_tokens(model, cache):
-    """Set the mean and std that tokens are normalised with, from at most 4096 cached clips: those of a draw."""
+    """Set the mean and std that tokens are normalised with, from at most 4096 cached clips.
+
+    The std is that of drawn tokens: it includes the posterior's variance.
+    """
     if len(cache) < 2:
         raise SystemExit("stage 2 needs two clips at least, better thousands")
     rows = np.random.default_rng(0).permutation(len(cache))[:4096]
@@ -385,7 +388,7 @@ def train(cfg):
             noise = torch.randn(3, cfg.batch, N, d, device=device)  # two passes, posterior
             for part in run.passes:
                 # 2. The draw from each posterior is new every time; so is whether the class is hidden, for guidance.
-                entry = torch.from_numpy(cache[rows[part]])             # (b, 2 or 3, N, d)
+                entry = torch.from_numpy(cache[rows[part].numpy()])     # (b, 2 or 3, N, d)
                 if run.cuda:
                     entry = entry.pin_memory()          # or the step waits for the GPU
                 entry = entry.to(device, non_blocking=True).float()

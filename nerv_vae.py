@@ -68,7 +68,7 @@ class Config:
     reuse: str = "heads"            # heads|direct|none: how layers share tokens (Table 2b)
     upsample: str = "transposed"    # transposed|pixelshuffle|bilinear: x2 (paper Table 2d)
     side: str = "residual"          # residual|skip|none: side connections (paper Table 2e)
-    kernel_init: float = 0.1        # 0..: std of kernels at the start; small ones turn faster (choice)
+    kernel_init: float = 0.1        # 0.001..: std of shared kernels at the start, and scale of what tokens write (choice)
     layer_tokens: str = ""          # tokens x channels of each layer: 4x256,0x0; empty: all read all (NeRV-Enc A.5)
     expand: str = "in"              # in|out|taps: with repeat, along which side numbers repeat (NeRV-Enc B c)
     normalize: bool = True          # with repeat, divide every kernel by its norm (NeRV-Enc B a)
@@ -133,7 +133,7 @@ NERV_ENC = {
 LAPTOP = dict(
     stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
     edge_weight=1.0, lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000)
-# The same at 64 x 64 x 16, minutes on a large GPU; Muon's many small kernels take 24 ms of a step there.
+# The same at 64 x 64 x 16, minutes on a large GPU; Muon's many small GPU launches take 24 ms of a step there.
 WORKSTATION = {
     **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64,
     "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384,
@@ -456,7 +456,7 @@ def optimizers(model, cfg):
 
 
 def measure_batchnorm(ema, run, clips):
-    """Give the averaged weights BatchNorm statistics of their own, from 16 passes over training clips.
+    """Give the averaged weights BatchNorm statistics of their own, from up to 16 training batches.
 
     Those of the raw weights do not fit them: on toy clips that mismatch costs 1.3 dB after 1500 steps.
     """
