@@ -681,6 +681,7 @@ def carry_on(path):
 
 
 def first_line(error):
+    """What an error says, on one line."""
     return str(error).strip().split("\n")[0]
 
 
