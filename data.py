@@ -105,11 +105,8 @@ class ToyVideos:
     cfg: object
     held_out: bool = False
     classes = [f"{shape} {motion}" for shape in SHAPES for motion in MOTIONS]
+    labels = np.arange(TOY_VIDEOS) % len(classes)
     files = None                    # no files to name
-
-    @property
-    def labels(self):
-        return np.arange(TOY_VIDEOS) % len(self.classes)
 
     def __len__(self):
         return TOY_VIDEOS
@@ -119,7 +116,7 @@ class ToyVideos:
 
     def __getitem__(self, key):
         i, _ = key                  # a toy video has no other frames to choose from
-        label = int(i % len(self.classes))
+        label = int(self.labels[i])
         rng = np.random.default_rng([self.cfg.seed, self.held_out, i])
         return draw_toy(rng, label, self.cfg.frames, self.cfg.resolution), label
 
@@ -334,7 +331,7 @@ class Videos:
 
     def add(self, videos, labels, tokens=None):
         """Append k clips. Shapes: videos (k, T, 3, R, R) in [-1, 1], labels k, tokens (k, N, d)."""
-        with one_line(self.path):
+        with told(f"cannot write {self.path}"):
             append(self.path, to_uint8(videos), len(self))
             if tokens is not None:
                 append(self.tokens_path, tokens.float().cpu().numpy(), len(self))
@@ -609,11 +606,6 @@ def survey(path):
     return dict(frames=len(stamps), keys=keys, error=damage[:3])
 
 
-def count_frames(path):
-    """Number of frames that really decode. Raises what the decoder raises."""
-    return survey(path)["frames"]
-
-
 def read_frames(path, indices, resolution, keys=((0, None),)):
     """Frames `indices` (ascending) of a video, exactly; begins at the last of `keys` before them.
 
@@ -676,18 +668,23 @@ class Unreadable(SystemExit, ValueError):
 
 
 @contextlib.contextmanager
-def one_line(path):
-    """A disk that is full or cannot be written ends the program in one line."""
+def told(what):
+    """Whatever goes wrong in here ends the program in one line."""
     try:
         yield
-    except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror or error}")
+    except Exception as error:
+        raise SystemExit(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def first_line(error):
+    """What an error says, on one line."""
+    return str(error).strip().split("\n")[0]
 
 
 def write_file(path, blob):
     """Write a whole file or none of it: beside its name first, then renamed."""
     part = path.with_name(f".{os.getpid()}.part")
-    with one_line(path):
+    with told(f"cannot write {path}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
@@ -709,13 +706,11 @@ def read_checked(path):
     """What `write_checked` wrote there, or None. Raises: SystemExit where it is damaged or foreign."""
     if not path.exists():
         return None
-    try:
+    with told(f"{path} is damaged or not ours: move it away"):
         found = json.loads(path.read_text())
-        if found["data.py"] == zlib.crc32(json.dumps(found["about"]).encode()):
-            return found["about"]
-    except Exception:                                   # damaged files raise anything
-        pass
-    raise SystemExit(f"{path} is damaged or not ours: move it away")
+        if found["data.py"] != zlib.crc32(json.dumps(found["about"]).encode()):
+            raise ValueError("its checksum is that of another text")
+        return found["about"]
 
 
 def append(path, rows, done):
@@ -763,7 +758,7 @@ def write_ours(path, blob):
     if path.name not in written(path.parent):
         if path.exists():
             raise SystemExit(f"{path} is not one of ours: move it away, or choose another folder")
-        with one_line(path):
+        with told(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.parent / ".written", "a", encoding="utf-8") as file:
                 file.write(path.name + "\n")
@@ -773,7 +768,7 @@ def write_ours(path, blob):
 @contextlib.contextmanager
 def claim(folder):
     """Make a run's folder and hold it, so that a second run into it ends in one line."""
-    with one_line(folder):
+    with told(f"cannot write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
     with lock:                                          # the system lets go when the process ends
@@ -824,12 +819,10 @@ def load_lpips(name, device):
     if name == "none":
         return None
     import lpips                    # takes seconds, and most runs do not need it
-    try:
+    with told(f"no {name} weights for LPIPS: put torchvision's file into {torch.hub.get_dir()}/checkpoints, "
+              "or choose another --lpips-net, or do without it (stage 1: --lpips-weight 0; fvd.py: "
+              "--lpips-net none)"):
         return lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"no {name} weights for LPIPS ({error}): put torchvision's file into "
-                         f"{torch.hub.get_dir()}/checkpoints, or choose another --lpips-net, or do "
-                         "without it (stage 1: --lpips-weight 0; fvd.py: --lpips-net none)")
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -865,35 +858,28 @@ def tile(videos, columns, labels=()):
 def save_video(path, video, fps=8):
     """Write one video as mp4 or gif, or its first frame as png, by the suffix; for eyes only.
 
-    Small frames are enlarged to 128 pixels.
+    Small frames are enlarged to 128 pixels. All frames of a gif share one palette, or what stands
+    still would shimmer.
     Shapes:  video (T, 3, H, W) in [-1, 1]; mp4 takes even sides
+    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
+             above 50 frames a second some are left out, and the rounded delays keep their sum
     Raises:  SystemExit in one line for a full disk and for a file that is not ours
     """
     frames = to_uint8(enlarge(video))                                          # (T, H, W, 3)
     if path.suffix == ".gif":
-        blob = to_gif(frames, fps)
+        step = math.ceil(fps / 50)
+        starts = np.arange(0, len(frames) + step, step) / fps
+        delays = 10 * np.diff(np.round(100 * starts))                               # milliseconds
+        frames = frames[::step]
+        below = Image.fromarray(np.concatenate(frames)).quantize().convert("RGB")
+        frames = np.array(below).reshape(frames.shape)
+        blob = iio.imwrite("<bytes>", frames, extension=".gif", save_all=True,      # one frame, too
+                           duration=delays.tolist(), loop=0)
     elif path.suffix == ".png":
         blob = iio.imwrite("<bytes>", frames[0], extension=".png")
     else:
         blob = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec="libx264", fps=fps)
     write_ours(path, blob)
-
-
-def to_gif(frames, fps):
-    """The bytes of a gif. All frames share one palette, or what stands still would shimmer.
-
-    Shapes:  frames (T, H, W, 3) uint8
-    Units:   a gif counts hundredths of a second, and browsers play less than two of them as ten:
-             above 50 frames a second some are left out, and the rounded delays keep their sum
-    """
-    step = math.ceil(fps / 50)
-    starts = np.arange(0, len(frames) + step, step) / fps
-    delays = 10 * np.diff(np.round(100 * starts))                                   # milliseconds
-    frames = frames[::step]
-    below = Image.fromarray(np.concatenate(frames)).quantize().convert("RGB")
-    frames = np.array(below).reshape(frames.shape)
-    return iio.imwrite("<bytes>", frames, extension=".gif", save_all=True,          # one frame, too
-                       duration=delays.tolist(), loop=0)
 
 
 # ------------------------------------------------------------------------------ the page of a run
@@ -906,7 +892,7 @@ def write_page(folder, title, settings):
     rows = []
     for line in text_of(folder / "log.jsonl").splitlines():
         with contextlib.suppress(ValueError):           # a stop may cut the last line off
-            rows.append(json.loads(line, parse_constant=lambda name: None))         # nan is no JSON
+            rows.append(json.loads(line))
     files = [name for name in reversed(written(folder)) if (folder / name).is_file()]
     about = dict(title=title, settings=settings, files=files, rows=rows)
     text = json.dumps(about, default=str).replace("<", "\\u003c")     # names may hold </script>
@@ -950,10 +936,9 @@ input { accent-color: var(--mark); width: 100%; height: 2.2rem }
 <section id="pictures"><h2>Newest pictures</h2></section>
 <section id="curves"><h2>Curves</h2></section>
 <section id="settings"><h2>Settings</h2></section>
-<script type="application/json" id="data">DATA</script>
 <script>
+const run = DATA
 const part = id => document.getElementById(id)
-const run = JSON.parse(part("data").textContent)
 const every = Math.ceil(run.rows.length / 500)          // a screen has no room for more points
 const rows = run.rows.filter((row, i) => (run.rows.length - 1 - i) % every == 0)
 const steps = rows.map((row, i) => row.step ?? i)
@@ -981,7 +966,7 @@ const pictures = run.files.filter(name => /\.(gif|png)$/.test(name) && name != "
 figures("films", films, "video", { autoplay: "", loop: "", muted: "", playsinline: "" }, 24)
 figures("pictures", pictures, "img", { loading: "lazy", alt: "" }, 6)
 function curve(parent, key) {
-  const points = rows.map((row, i) => [steps[i], row[key]]).filter(point => typeof point[1] == "number")
+  const points = rows.map((row, i) => [steps[i], row[key]]).filter(point => Number.isFinite(point[1]))
   const [low, high] = [Math.min, Math.max].map(end => end(...points.map(point => point[1])))
   const scale = low > 0 && high > 50 * low ? Math.log : value => value
   const x = ([step]) => 300 * (step - points[0][0]) / (points.at(-1)[0] - points[0][0] || 1)
@@ -1008,7 +993,7 @@ function curve(parent, key) {
   svg.onpointerleave = () => show(points.at(-1), false)
   svg.onpointerleave()
 }
-const keys = new Set(rows.flatMap(row => Object.keys(row).filter(key => key != "step" && typeof row[key] == "number")))
+const keys = new Set(rows.flatMap(row => Object.keys(row).filter(key => key != "step" && Number.isFinite(row[key]))))
 const grid = keys.size && add(part("curves"), "div", { class: "grid" })
 keys.forEach(key => curve(grid, key))
 const table = Object.keys(run.settings).length && add(part("settings"), "table")

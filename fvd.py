@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from data import (Videos, alone, blur, build_dataset, file_hash, from_uint8, load_lpips, parse_config,
-                  progress, psnr, save_video, tile, to_uint8, write_file)
+                  progress, psnr, save_video, tile, to_uint8, told, write_file)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Config:
     resolution: int = -1            # -1..: R, height and width; -1: as on disk, else 128
     split: str = "all"              # of the real side: all, train, test or groups such as 1-19,23
     features: str = "i3d"           # i3d, random, or TorchScript: (B, 3, T, R, R) -> (B, d)
-    i3d: str = ""                   # path of i3d_torchscript.pt; empty: in torch.hub's folder
     c3d: str = ""                   # path of StyleGAN-V's c3d_ucf101.pt: adds C3D's Inception Score
     fvd_resolution: int = 0         # 0..: size of clips just before the features; 0 leaves them
     novelty: int = 0                # 0..64: new or remembered? and a picture of so many pairs
@@ -486,7 +485,7 @@ def to_bytes(video):
 def load_features(cfg):
     """The network of --features. Shapes: -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, d)."""
     if cfg.features == "i3d":
-        return load_i3d(cfg.i3d)
+        return load_i3d()
     if cfg.features == "random":
         print("FD-random is not FVD: random convolutions rank damage to footage, but know no "
               "objects and no actions, and no published number compares with it")
@@ -495,14 +494,14 @@ def load_features(cfg):
     return lambda video: net(video.transpose(1, 2))
 
 
-def load_i3d(path=""):
+def load_i3d():
     """The I3D of published FVDs: logits of Kinetics-400, averaged over time, as TorchScript.
 
     Shapes:  -> function: video (B, T, 3, R, R) in [-1, 1] -> (B, 400), for T >= 10
     Raises:  SystemExit where the file is missing and cannot be downloaded, or has another sha256
     Source:  choice (not said): called as StyleGAN-V does: bytes, brought to 224 x 224 inside
     """
-    file = Path(path or f"{torch.hub.get_dir()}/checkpoints/i3d_torchscript.pt")
+    file = Path(torch.hub.get_dir(), "checkpoints/i3d_torchscript.pt")
     for url in I3D_URLS:
         if file.exists():
             break
@@ -525,7 +524,7 @@ def load_torchscript(path, want=""):
         problem = f"is not there or no TorchScript ({type(error).__name__})"
     raise SystemExit(f"{path} {problem}, so it was not opened. --features random needs no file, but "
                      "is not FVD. I3D is i3d_torchscript.pt (51,235,320 bytes, sha256 "
-                     f"{I3D_SHA256}) from {' or '.join(I3D_URLS)}, put there or given as --i3d PATH")
+                     f"{I3D_SHA256}) from {' or '.join(I3D_URLS)}, put there")
 
 
 # ------------------------------------------------------------------------------------------ the two sides, and the token cache
@@ -600,11 +599,9 @@ def open_tokens(path):
 
     Shapes:  -> memory map (M, 2 or 3, N, d), the video (M,) a row is from, three of (2048, N, d) at most
     """
-    try:
+    with told(f"{path} is no token cache of nerv_dit.py"):
         cache = np.load(path, mmap_mode="r")
         video = json.loads(Path(path).with_suffix(".json").read_text())["videos"]
-    except Exception as error:                          # damaged files raise anything
-        raise SystemExit(f"{path} is no token cache of nerv_dit.py: {error}") from error
     rows = torch.randperm(len(cache))[:2048]
     mean, logvar = torch.from_numpy(cache[rows, :2]).float().unbind(1)
     drawn = mean + (logvar / 2).exp() * torch.randn_like(mean)

@@ -27,10 +27,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (build_dataset, condition_video, file_hash, parse_config, progress, save_video,
-                  tile, write_file)
-from nerv_vae import (Attention, Block, Run, carry_on, ignore_stops, learning_rate, load_checkpoint,
-                      load_vae, mlp, sinusoids, size_of, told, update_ema)
+from data import build_dataset, condition_video, parse_config, progress, save_video, tile, write_file
+from generative_nerv import sinusoids
+from nerv_vae import (Attention, Block, Run, adamw, carry_on, ignore_stops, learning_rate, load_model,
+                      load_vae, mlp, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,6 @@ class Config:
     predict: str = "noise"          # noise|velocity: what the transformer answers (paper A.1: noise)
     min_snr_gamma: float = 5.0      # 0..: Min-SNR weight; 0 is off (paper Table 3b; gamma is choice: Hang et al.'s 5)
     scheduled_sampling: float = 0.5     # 0..1: chance of a second pass (Table 3b; 0.5: choice)
-    ss_ramp: float = 0.3            # 0..1: that chance rises linearly over this share of training (choice: as LARP)
-    ss_stride: int = 1              # 1..999: the own step goes from t to t - stride (paper: 1)
     # optimisation
     batch: int = 32                 # 1..: B, token sets per step (choice of 256: as DiT)
     steps: int = 1100               # 1..: optimizer steps (paper A.1: 1M)
@@ -259,13 +257,13 @@ def ancestral_step(z, eps, now, then, noise):
     return mean + sigma_then / sigma * fresh.clamp(min=0).sqrt() * noise
 
 
-def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
+def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, twice=False):
     """Min-SNR weighted error of the predicted noise; and, with scheduled sampling, that of a second pass.
 
-    own_step 0: no second pass. Else it starts where the model itself arrives from t at t - own_step, and it is asked
-    for the noise that separates that point from the true tokens, so that the truth stays the target.
-    Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in [own_step, 999], cond
-             as DiT -> scalar
+    The second pass starts where the model's own step from t to t - 1 arrives, and is asked for the noise that
+    separates that point from the true tokens, so that the truth stays the target.
+    Shapes:  tokens (B, N, d) normalised, noise (2, B, N, d) for the two passes, t (B,) int in 0..999, from 1 on for
+             two passes, cond as DiT -> scalar
     Source:  paper Sec. 3.3, Eq. 2. Choice: the second target; a DDPM step without gradient leads there; decided once
              for a whole batch
     """
@@ -279,13 +277,13 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, own_step=0):
     z = alpha * tokens + sigma * noise[0]                               # (B, N, d)
     eps = model(z, t, cond)
     loss = error(eps, noise[0], now)
-    if own_step:
-        then = schedule[:, t - own_step, None, None]
+    if twice:
+        then = schedule[:, t - 1, None, None]
         alpha, sigma = then
         with torch.no_grad():
             z = ancestral_step(z, eps, now, then, noise[1])
             target = (z - alpha * tokens) / sigma
-        loss = loss + error(model(z, t - own_step, cond), target, then)
+        loss = loss + error(model(z, t - 1, cond), target, then)
     return loss
 
 
@@ -304,8 +302,8 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
     levels = torch.cat([noise_schedule()[:, times].T, data])            # (steps+1, 2)
     times = times.to(noise.device)
     if sampler == "ddpm":
-        first = 2 ** 31 + seed                          # far from the seeds of the starting noise
-        fresh = noise_of(range(first, first + len(noise)), (steps, *noise.shape[1:]))
+        # Numbers far from those of the starting noise.
+        fresh = noise_of(2 ** 31 + seed, len(noise), (steps, *noise.shape[1:]))
         fresh = fresh.to(noise.device)                                  # (B, steps, N, d)
     guided = guidance != 1 and model.by_class
     if guided:
@@ -358,7 +356,7 @@ def measure_tokens(model, cache):
 
 def train(cfg):
     """Train stage 2; write the token cache, ckpt.pt, log.jsonl, pictures and a page. Returns the checkpoint's path."""
-    with Run(cfg, MADE_BY, "stage 2") as run:
+    with Run(cfg, MADE_BY) as run:
         device = run.device
         vae = load_vae(cfg.vae, device)
         cache, notes = cache_tokens(cfg, vae, run)                      # (M, 2 or 3, N, d)
@@ -370,7 +368,7 @@ def train(cfg):
         model = DiT(cfg, N, d, len(classes)).to(device)
         measure_tokens(model, cache)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
-        opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        opt = adamw(model.parameters())
         run.keep([opt], model=model, ema=ema)
         run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
         forward = run.wrap(model)
@@ -381,9 +379,9 @@ def train(cfg):
             run.seed_step()
             # 1. Cached token sets, random times, and whether this step has a second pass (scheduled sampling).
             rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]    # (B,), in the disk's order
-            ramp = min(1.0, step / max(cfg.ss_ramp * cfg.steps, 1))
-            own_step = cfg.ss_stride if torch.rand(()) < cfg.scheduled_sampling * ramp else 0
-            t = torch.randint(own_step, 1000, (cfg.batch,), device=device)      # (B,)
+            ramp = min(1.0, step / (0.3 * cfg.steps))   # the chance of it rises, as LARP's
+            twice = int(torch.rand(()) < cfg.scheduled_sampling * ramp)
+            t = torch.randint(twice, 1000, (cfg.batch,), device=device)      # (B,)
             hidden = torch.rand(cfg.batch, device=device) < cfg.class_dropout   # (B,)
             noise = torch.randn(3, cfg.batch, N, d, device=device)  # two passes, posterior
             for part in run.passes:
@@ -403,9 +401,9 @@ def train(cfg):
                 # 3. Noise them to a random time, predict the noise; now and then also from the model's own next step.
                 with run.autocast():
                     loss = diffusion_loss(forward, tokens, noise[:2, part], t[part], cond, model.schedule,
-                                          cfg.min_snr_gamma, own_step)
+                                          cfg.min_snr_gamma, twice)
                 (loss / cfg.grad_accum).backward()
-                run.add(dict(loss=loss / (2 if own_step else 1)))  # of a pass, on average
+                run.add(dict(loss=loss / (1 + twice)))  # of a pass, on average
             # 4. One optimizer step, then the averaged weights follow.
             run.add(run.update(model, [opt], learning_rate(step, cfg)))
             update_ema(ema, model, cfg.ema, step)
@@ -460,10 +458,10 @@ class AxisAttention(Attention):
         return y.transpose(1, self.axis).flatten(1, 2)                  # (B, L, dim)
 
 
-def noise_of(videos, shape):
-    """Noise of each video, which follows from its number alone. Shapes: B numbers -> (B, *shape)."""
+def noise_of(first, n, shape):
+    """Noise of n videos from number `first` on; it follows from a video's number alone. Shapes: -> (n, *shape)."""
     noise = []
-    for number in videos:
+    for number in range(first, first + n):
         generator = torch.Generator().manual_seed(number)
         noise.append(torch.randn(shape, generator=generator))
     return torch.stack(noise)
@@ -473,7 +471,7 @@ def draw_samples(model, vae, cache, labels, classes, run):
     """A picture of 16 samples, of conditions from all over the cache."""
     cfg = run.cfg
     rows = np.random.default_rng(0).integers(len(cache), size=16)
-    noise = noise_of(range(16), cache.shape[2:])                        # (16, N, d)
+    noise = noise_of(0, 16, cache.shape[2:])                        # (16, N, d)
     cond = labels[rows]                                                 # (16,)
     if cfg.by_tokens:
         cond = torch.from_numpy(cache[rows, 2]).float()                 # (16, N, d)
@@ -487,21 +485,13 @@ def draw_samples(model, vae, cache, labels, classes, run):
 
 
 def load_dit(path, device):
-    """The trained denoiser: averaged weights, frozen.
-
-    It has .cfg, .class_names, .step, .path, .sha256 and .vae_sha256, the tokenizer's.
-    """
-    ckpt = load_checkpoint(path, device, MADE_BY)
-    with told(f"{path} does not fit this revision; use the one that made it"):
+    """The trained denoiser, as `load_model` says; it also has .vae_sha256, the tokenizer's."""
+    def build(ckpt):
         model = DiT(Config(**ckpt["config"]), *ckpt["tokens"], len(ckpt["classes"]))
-        model.load_state_dict(ckpt["ema"])
-    model.to(device).eval().requires_grad_(False)
-    model.class_names = ckpt["classes"]
-    model.step = ckpt["step"]
-    model.vae_sha256 = ckpt["vae_sha256"]
-    model.path = path
-    model.sha256 = file_hash(path)
-    return model
+        model.vae_sha256 = ckpt["vae_sha256"]
+        return model
+
+    return load_model(path, device, MADE_BY, build)
 
 
 # ------------------------------------------------------------------------------------------ token cache

@@ -38,8 +38,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (build_dataset, claim, degrade, file_hash, load_lpips, parse_config,
-                  progress, psnr, ranks, save_video, tile, write_file, write_page)
+from data import (build_dataset, claim, degrade, file_hash, first_line, load_lpips, parse_config,
+                  progress, psnr, ranks, save_video, tile, told, write_file, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -440,15 +440,19 @@ def update_ema(ema, model, decay, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def adamw(parameters, beta1=0.9):
+    """Source: paper A.1. Choice: betas, and no decay. Fused: one kernel, and it can skip a step by itself."""
+    return torch.optim.AdamW(parameters, betas=(beta1, 0.99), weight_decay=0.0, fused=True)
+
+
 def optimizers(model, cfg):
     """AdamW; with --muon, Muon for everything that is a matrix, kernels as (c_out, c_in * k * k) among them.
 
-    Source: paper A.1 (AdamW). Choice: betas and no decay. Departs: Muon, small presets only: it turns all directions
-            of a matrix equally fast, so that short runs come further. Its steps are scaled to AdamW's size and share
-            its learning rate
+    Source: paper A.1 (AdamW). Departs: Muon, small presets only: it turns all directions of a matrix equally fast, so
+            that short runs come further. Its steps are scaled to AdamW's size and share its learning rate
     """
     others = [p for p in model.parameters() if p.ndim != 2 or not cfg.muon]
-    opts = [torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    opts = [adamw(others)]
     if cfg.muon:
         matrices = [p for p in model.parameters() if p.ndim == 2]
         opts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
@@ -482,7 +486,7 @@ def batch_keys(clips, cfg, step):
 
 def train(cfg):
     """Train stage 1; write out/ckpt.pt, out/log.jsonl, pictures and a page. Returns the checkpoint's path."""
-    with Run(cfg, MADE_BY, "stage 1") as run:
+    with Run(cfg, MADE_BY) as run:
         perceptual = None
         with run.first_rank_first():
             clips = build_dataset(cfg)
@@ -501,8 +505,7 @@ def train(cfg):
         forward = run.wrap(model)
         if cfg.gan_weight:
             critic = Discriminator(cfg).to(run.device)
-            opt_d = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=0.0,
-                                      fused=True)
+            opt_d = adamw(critic.parameters(), beta1=0.0)
             run.keep([opt_d], critic=critic)
             critic_forward = run.wrap(critic, compiled=False)
             critic.requires_grad_(False)                # but where it learns
@@ -563,17 +566,8 @@ def train(cfg):
 
 
 def load_vae(path, device):
-    """The trained tokenizer: averaged weights, frozen, with .cfg, .classes, .step, .path and .sha256."""
-    ckpt = load_checkpoint(path, device, MADE_BY)
-    with told(f"{path} does not fit this revision; use the one that made it"):
-        model = NeRVVAE(Config(**ckpt["config"]))
-        model.load_state_dict(ckpt["ema"])
-    model.to(device).eval().requires_grad_(False)
-    model.classes = ckpt["classes"]
-    model.step = ckpt["step"]
-    model.path = Path(path)
-    model.sha256 = file_hash(path)
-    return model
+    """The trained tokenizer, as `load_model` says."""
+    return load_model(path, device, MADE_BY, lambda ckpt: NeRVVAE(Config(**ckpt["config"])))
 
 
 def main(argv=None):
@@ -662,13 +656,21 @@ def load_checkpoint(path, device, made_by):
     return ckpt
 
 
-@contextmanager
-def told(what):
-    """Whatever goes wrong in here ends the program in one line."""
-    try:
-        yield
-    except Exception as error:
-        raise SystemExit(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+def load_model(path, device, made_by, build):
+    """The averaged weights of a checkpoint in the network that build(checkpoint) makes, frozen.
+
+    It has .cfg, .class_names, .step, .path and .sha256.
+    """
+    ckpt = load_checkpoint(path, device, made_by)
+    with told(f"{path} does not fit this revision; use the one that made it"):
+        model = build(ckpt)
+        model.load_state_dict(ckpt["ema"])
+    model.to(device).eval().requires_grad_(False)
+    model.class_names = ckpt["classes"]
+    model.step = ckpt["step"]
+    model.path = Path(path)
+    model.sha256 = file_hash(path)
+    return model
 
 
 @contextmanager
@@ -678,11 +680,6 @@ def carry_on(path):
         yield
     except (OSError, SystemExit) as error:
         say(f"could not write {path} ({error}); what was there stays", sys.stderr)
-
-
-def first_line(error):
-    """What an error says, on one line."""
-    return str(error).strip().split("\n")[0]
 
 
 def say(text, file=None):
@@ -719,11 +716,10 @@ class Run(ExitStack):
     lock, the bar, signal handlers) it gives back when it is left, the last first.
     """
 
-    def __init__(self, cfg, made_by, title):
+    def __init__(self, cfg, made_by):
         super().__init__()
         self.cfg = cfg
         self.made_by = made_by
-        self.title = title
         self.rank, self.world = ranks()
         self.device = pick_device()
         self.cuda = self.device.type == "cuda"
@@ -848,10 +844,10 @@ class Run(ExitStack):
             for path in (self.path, self.out / "log.jsonl"):
                 if path.exists() and not self.cfg.resume:
                     path.replace(path.with_suffix(f".old{path.suffix}"))
-            say(f"{self.title} on {self.world} x {self.device.type}: {what}; from step {self.step} "
+            say(f"{self.made_by} on {self.world} x {self.device.type}: {what}; from step {self.step} "
                 f"to {self.cfg.steps} of {self.path}")
         self.bar = self.enter_context(progress(None, self.rank > 0, total=self.cfg.steps,
-                                               initial=self.step, desc=self.title))
+                                               initial=self.step, desc=self.cfg.out))
         self.since = time.perf_counter()
 
     def note_signal(self, number, _):
@@ -939,7 +935,7 @@ class Run(ExitStack):
             say(f"step {self.step} of {self.cfg.steps}: {text}")
         if self.time_to_look:
             with carry_on(self.out / "index.html"):
-                write_page(self.out, f"{self.title}: {self.out}", asdict(self.cfg))
+                write_page(self.out, self.cfg.out, asdict(self.cfg))
 
     def leave_if_asked(self):
         """End the run where a signal asked to."""

@@ -228,9 +228,9 @@ def export(cfg, out, vae, dit):
     """The averaged weights of both stages in half precision, without optimizers: to hand on."""
     vae_path = Path(f"{cfg.export}-vae.pt")
     dit_path = Path(f"{cfg.export}-dit.pt")
-    write_half(vae_path, vae, classes=vae.classes, made_by=nerv_vae.MADE_BY)
+    write_half(vae_path, vae, made_by=nerv_vae.MADE_BY)
     dit.cfg = replace(dit.cfg, vae=str(vae_path))
-    write_half(dit_path, dit, classes=dit.class_names, made_by=nerv_dit.MADE_BY,
+    write_half(dit_path, dit, made_by=nerv_dit.MADE_BY,
                tokens=list(dit.token_mean.shape), vae_sha256=data.file_hash(vae_path))
     print(f"wrote {vae_path} and {dit_path}; use them with --weights {cfg.export}")
 
@@ -387,7 +387,7 @@ def start(cfg, dit, cond, first=0):
     Returns settings of `sample_tokens`. Shapes: cond (k,) or (k, N, d), noise (k, N, d)
     """
     seed = cfg.seed * 1_000_003 + first
-    noise = noise_of(range(seed, seed + len(cond)), dit.token_mean.shape)
+    noise = noise_of(seed, len(cond), dit.token_mean.shape)
     return dict(cond=cond, noise=noise.to(cond.device), seed=seed, **dit.how)
 
 
@@ -399,9 +399,9 @@ def encode(clip, vae):
 def file_tokens(path, vae):
     """Mean tokens of the first clip of a video file. Shapes: -> (N, d), clip (T, 3, R, R)."""
     c = vae.cfg
-    with nerv_vae.told(f"{path} has no readable clip of {c.frames} frames at stride {c.stride}"):
+    with data.told(f"{path} has no readable clip of {c.frames} frames at stride {c.stride}"):
         # At stride 0 the clip spreads over the whole video.
-        stride = c.stride or (data.count_frames(path) - 1) // max(c.frames - 1, 1)
+        stride = c.stride or (data.survey(path)["frames"] - 1) // max(c.frames - 1, 1)
         clip = data.read_clip(path, 0, c.frames, stride, c.resolution)
     return encode(clip, vae)[0], clip
 
@@ -488,7 +488,8 @@ def ready_to_sample(dit, cfg, device):
 
 def write_half(path, model, **about):
     """A checkpoint of a model's weights as float16, with what its stage needs to load it."""
-    about.update(config=asdict(model.cfg), step=model.step, ema=model.half().state_dict())
+    about.update(config=asdict(model.cfg), classes=model.class_names, step=model.step,
+                 ema=model.half().state_dict())
     nerv_vae.save_checkpoint(path, about)
 
 
@@ -502,17 +503,16 @@ def show_samples(cfg, out, clips):
     names = [clips.classes[label] for label in clips.labels]
     films = min(cfg.mp4, len(clips))
     for i in data.progress(range(films), desc="mp4"):
-        save_video(out / mp4_name(i, len(clips), names[i]), clips[i, 0][0], cfg.fps)
+        save_video(out / mp4_name(i, names[i]), clips[i, 0][0], cfg.fps)
     print(f"wrote {len(clips)} videos to {out}/samples.npy, the first {films} also as mp4")
     shown = data.from_uint8(clips.pixels[:64, ::cfg.long].copy())               # (k, T, 3, R, R)
     show(cfg, out, "samples", shown, round(len(shown) ** 0.5), names)
 
 
-def mp4_name(i, n, name):
+def mp4_name(i, name):
     """007_Apply-Eye-Makeup.mp4; what is no letter or digit of any script becomes a dash."""
     plain = re.sub(r"\W+", "-", name).strip("-")[:40] or "video"
-    digits = max(3, len(str(n - 1)))
-    return f"{i:0{digits}d}_{plain}.mp4"
+    return f"{i:03d}_{plain}.mp4"
 
 
 def show(cfg, out, stem, videos, columns, names):
@@ -547,13 +547,12 @@ def show_frames(cfg, out, vae, stem, last, k):
 NIGHT = "#0d1117"
 CARD = "#181e27"
 GREY = "#8b949e"
-PALE = "#e6edf3"
 WARM = "#ff9e42"                    # tokens above 0, and what is done of the way
 COLD = "#42a5ff"                    # tokens below 0
 
 
 def film_sheet(tokens, videos, names, done):
-    """One picture of the film: a card for each video with its tokens, an arrow and one frame.
+    """One picture of the film: a card for each video with its tokens and one frame.
 
     Shapes:  tokens (n, N, d), videos (n, 3, R, R), done in 0..1 of the way -> (H', W', 3) uint8
     """
@@ -563,16 +562,13 @@ def film_sheet(tokens, videos, names, done):
     pen = ImageDraw.Draw(sheet)
     pen.text((24, 30), "noise", GREY, font, "lm")
     pen.text((936, 30), "weights", GREY, font, "rm")
-    here = 116 + 696 * done
-    pen.line((116, 30, 812, 30), CARD, 4)
-    pen.line((116, 30, here, 30), WARM, 4)
-    pen.ellipse((here - 7, 23, here + 7, 37), WARM)
+    pen.line((116, 30, 812, 30), CARD, 6)
+    pen.line((116, 30, 116 + 696 * done, 30), WARM, 6)
     for i, name in enumerate(names):
         x = 12 + i % 3 * 316                            # a card of 304 and a gap of 12, in pixels
         y = 60 + i // 3 * 194
         pen.rounded_rectangle((x, y, x + 304, y + 182), 10, CARD)
-        pen.text((x + 12, y + 21), name[:19], PALE, font, "lm")
-        pen.text((x + 152, y + 106), ">", GREY, font, "mm")
+        pen.text((x + 12, y + 21), name[:19], "white", font, "lm")
         frame = Image.fromarray(data.to_uint8(videos[i]))
         sheet.paste(token_colours(tokens[i]).resize((128, 128), Image.NEAREST), (x + 12, y + 42))
         sheet.paste(frame.resize((128, 128)), (x + 164, y + 42))
@@ -640,7 +636,7 @@ def unpack_tokens(blob):
 
 def read_nerv(path):
     """As `unpack_tokens`, of a file. Raises: SystemExit that says what is wrong with it."""
-    with nerv_vae.told(f"{path} cannot be read as a .nerv file; make it again with --compress"):
+    with data.told(f"{path} cannot be read as a .nerv file; make it again with --compress"):
         with open(path, "rb") as file:
             return unpack_tokens(file.read(LARGEST))
 
