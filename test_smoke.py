@@ -2484,7 +2484,7 @@ def test_networks_see_the_documented_input(tmp_path, monkeypatch):
     monkeypatch.setattr(fvd, "I3D_SHA256", data.file_hash(path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(path, tmp_path / "checkpoints/i3d_torchscript.pt")
+    (tmp_path / "checkpoints/i3d_torchscript.pt").write_bytes(path.read_bytes())
     video = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     video[0, 0, :, 0, 0] = torch.tensor([0.0, 254.9, 127.6]) / 127.5 - 1
     seen = fvd.load_i3d()(video)
