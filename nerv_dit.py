@@ -257,6 +257,17 @@ def ancestral_step(z, eps, now, then, noise):
     return mean + sigma_then / sigma * fresh.clamp(min=0).sqrt() * noise
 
 
+def ddim_step(z, eps, now, then):
+    """One DDIM step: the tokens that eps implies, with less of the same noise. Shapes: z, eps (B, N, d) -> the same.
+
+    Source: DDIM (Song et al. 2021), Eq. 12, with eta 0
+    """
+    alpha, sigma = now
+    alpha_then, sigma_then = then
+    guess = (z - sigma * eps) / alpha
+    return alpha_then * guess + sigma_then * eps
+
+
 def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, twice=False):
     """Min-SNR weighted error of the predicted noise; and, with scheduled sampling, that of a second pass.
 
@@ -289,12 +300,12 @@ def diffusion_loss(model, tokens, noise, t, cond, schedule, gamma, twice=False):
 
 @torch.no_grad()
 def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, seed=0):
-    """Walk from noise to weight tokens; yields (z, guess) after every step: where it is, and where it aims.
+    """Walk from noise to weight tokens; yields where every step arrives.
 
     Guidance acts on all d channels: none + guidance * (class - none), both answers from one batch.
     Without classes, guidance is ignored.
     Fresh noise of video i follows from seed + i, so that a video does not depend on the batch it is in.
-    Shapes:  noise (B, N, d), cond as DiT -> (B, N, d) twice, scaled back to the tokenizer's units
+    Shapes:  noise (B, N, d), cond as DiT -> (B, N, d), scaled back to the tokenizer's units
     Source:  paper Table A3 (250 steps), A.1 (guidance 2). Choice: DDPM's ancestral steps, as DiT; DDIM has eta 0
     """
     times = torch.linspace(999, 0, steps).round().long()                # (steps,): 999 .. 0, evenly
@@ -320,20 +331,17 @@ def denoise_steps(model, cond, noise, sampler="ddim", steps=50, guidance=1.0, se
             answer, none = answer.chunk(2)                              # (B, N, d) each
             answer = none + guidance * (answer - none)
         now, then = levels[i:i + 2]
-        alpha, sigma = now
         eps = model.noise_in(z, answer, now)
-        guess = (z - sigma * eps) / alpha               # the tokens that eps implies
         if sampler == "ddpm":
             z = ancestral_step(z, eps, now, then, fresh[:, i])
         else:
-            alpha, sigma = then
-            z = alpha * guess + sigma * eps
-        yield torch.stack([z, guess]) * model.token_std + model.token_mean
+            z = ddim_step(z, eps, now, then)
+        yield z * model.token_std + model.token_mean
 
 
 def sample_tokens(model, cond, noise, *how, **settings):
     """Noise to weight tokens: where denoise_steps arrives. Shapes: noise (B, N, d) -> (B, N, d)."""
-    for tokens, _ in denoise_steps(model, cond, noise, *how, **settings):
+    for tokens in denoise_steps(model, cond, noise, *how, **settings):
         pass
     return tokens
 

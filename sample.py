@@ -216,10 +216,10 @@ def film(cfg, out, vae, dit):
     sheets = []
     for i in range(75):
         done = min(i / 49, 1)
-        z, guess = walk[round(done * (len(walk) - 1))]                          # (n, N, d) each
+        tokens = walk[round(done * (len(walk) - 1))]                            # (n, N, d)
         time = abs(i * cfg.fps / 12.5 % (2 * turn) - turn)                      # T-1 .. 0 .. T-1 ..
-        videos = vae.play(guess, torch.tensor([time]))[:, 0]                    # (n, 3, R, R)
-        sheets.append(film_sheet(dit.normalise(z).cpu(), videos, names, done))
+        videos = vae.play(tokens, torch.tensor([time]))[:, 0]                   # (n, 3, R, R)
+        sheets.append(film_sheet(dit.normalise(tokens).cpu(), videos, names, done))
     save_video(out / "film.gif", data.from_uint8(np.stack(sheets)), 12.5)
     print(f"wrote {out}/film.gif: {len(walk)} steps from noise to weights, and to video")
 
@@ -562,7 +562,6 @@ def film_sheet(tokens, videos, names, done):
     pen = ImageDraw.Draw(sheet)
     pen.text((24, 30), "noise", GREY, font, "lm")
     pen.text((936, 30), "weights", GREY, font, "rm")
-    pen.line((116, 30, 812, 30), CARD, 6)
     pen.line((116, 30, 116 + 696 * done, 30), WARM, 6)
     for i, name in enumerate(names):
         x = 12 + i % 3 * 316                            # a card of 304 and a gap of 12, in pixels

@@ -710,7 +710,7 @@ def test_a_velocity_stands_for_noise():
 
 
 def test_every_step_of_a_walk_is_yielded():
-    """Catches a walk that yields normalised tokens, the wrong guess, or not every step."""
+    """Catches a walk that yields normalised tokens, a step to the wrong time, or not every step."""
     model = awake()
     model.token_mean.fill_(7)
     noise = torch.randn(2, 6, 8)
@@ -718,10 +718,12 @@ def test_every_step_of_a_walk_is_yielded():
     walk = list(nerv_dit.denoise_steps(model, cond, noise, "ddim", 5))
     eps = model(noise, torch.tensor([999, 999]), cond)
     alpha, sigma = nerv_dit.noise_schedule()
-    aim = (noise - sigma[999] * eps) / alpha[999] * model.token_std + model.token_mean
-    torch.testing.assert_close(walk[0][1], aim, rtol=1e-3, atol=1e-3 * aim.abs().max().item())
-    assert len(walk) == 5 and torch.equal(walk[-1][0], walk[-1][1])    # the last step goes where it aims
-    assert torch.equal(walk[-1][0], nerv_dit.sample_tokens(model, cond, noise, "ddim", 5))
+    aim = (noise - sigma[999] * eps) / alpha[999]
+    z = alpha[749] * aim + sigma[749] * eps             # 999, 749, 500, 250, 0
+    z = z * model.token_std + model.token_mean
+    torch.testing.assert_close(walk[0], z, rtol=1e-3, atol=1e-3 * z.abs().max().item())
+    assert len(walk) == 5
+    assert torch.equal(walk[-1], nerv_dit.sample_tokens(model, cond, noise, "ddim", 5))
 
 
 def test_conditions_are_normalised_once():
