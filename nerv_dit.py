@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from data import build_dataset, condition_video, parse_config, progress, save_video, tile, write_file
 from generative_nerv import sinusoids
-from nerv_vae import (Attention, Block, Run, adamw, carry_on, ignore_stops, learning_rate, load_model,
-                      load_vae, mlp, size_of, update_ema)
+from nerv_vae import (Attention, Block, Run, carry_on, ignore_stops, learning_rate, load_model, load_vae,
+                      mlp, optimizers, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Config:
     batch: int = 32                 # 1..: B, token sets per step (choice of 256: as DiT)
     steps: int = 1100               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
+    muon: bool = False              # Muon for all matrices (departs: A.1's AdamW)
     warmup: int = 100               # 0..: linear, before the cosine (A.1; length: choice)
     grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
     ema: float = 0.999              # 0..1: decay of the averaged weights (choice)
@@ -376,8 +377,8 @@ def train(cfg):
         model = DiT(cfg, N, d, len(classes)).to(device)
         measure_tokens(model, cache)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
-        opt = adamw(model.parameters())
-        run.keep([opt], model=model, ema=ema)
+        opts = optimizers(model, cfg)
+        run.keep(opts, model=model, ema=ema)
         run.resume(classes=classes, vae_sha256=vae.sha256, tokens=[N, d], clips=len(cache))
         forward = run.wrap(model)
         run.start(f"{len(cache)} cached clips, {N} tokens, {cfg.backbone} {size_of(model)} parameters")
@@ -413,7 +414,7 @@ def train(cfg):
                 (loss / cfg.grad_accum).backward()
                 run.add(dict(loss=loss / (1 + twice)))  # of a pass, on average
             # 4. One optimizer step, then the averaged weights follow.
-            run.add(run.update(model, [opt], learning_rate(step, cfg)))
+            run.add(run.update(model, opts, learning_rate(step, cfg)))
             update_ema(ema, model, cfg.ema, step)
             # 5. Log; now and then save and draw a picture; stop if a signal asks for it.
             run.finish_step()

@@ -2188,7 +2188,7 @@ def by_hand_stage_2(cfg, cache, labels, classes):
     for network in (model, ema):
         network.token_mean.copy_(token_mean)
         network.token_std.copy_(token_std)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0, fused=True)
+    opts = by_hand_optimizers(model, cfg)
     kept = by_hand_schedule()
     alpha = kept.sqrt().float()[:, None, None]                          # (1000, 1, 1)
     sigma = (1 - kept).sqrt().float()[:, None, None]
@@ -2240,7 +2240,7 @@ def by_hand_stage_2(cfg, cache, labels, classes):
             (loss / cfg.grad_accum).backward()
             losses.append(loss.item() / (2 if own else 1))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        by_hand_step([opt], by_hand_rate(step, cfg))
+        by_hand_step(opts, by_hand_rate(step, cfg))
         by_hand_average(ema, model, step, cfg)
     assert 0 < own_steps < cfg.steps - 1                                # both ways were taken
     assert cfg.condition != "class" or 0 < hidden_labels < cfg.steps * cfg.batch / 2
@@ -2267,7 +2267,7 @@ def test_stage_2_written_out(clips_by_seed, tokenizer, tmp_path, condition, seed
     of means alone or of another tokenizer, a wrong time or target in the second pass, losses that are not divided."""
     settings = {**TINY_DIT, "seed": seed, "steps": 6, "warmup": 2, "eval_every": 4, "log_every": 2, "ema": 0.3,
                 "grad_accum": 2, "class_dropout": 0.3, "scheduled_sampling": 0.7, "clips_per_video": 2,
-                "condition": condition, "guidance": 1.0}
+                "condition": condition, "guidance": 1.0, "muon": condition == "frames"}
     before = set(tokenizer.parent.glob("tokens-*.npy"))
     path = nerv_dit.main(["--vae", str(tokenizer), "--out", str(tmp_path), *flags(settings)])
     new, = set(tokenizer.parent.glob("tokens-*.npy")) - before          # the retrained tokenizer's own
