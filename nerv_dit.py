@@ -57,7 +57,7 @@ class Config:
     batch: int = 32                 # 1..: B, token sets per step (choice of 256: as DiT)
     steps: int = 1100               # 1..: optimizer steps (paper A.1: 1M)
     lr: float = 4e-3                # 0..: peak learning rate (paper A.1: 1e-4)
-    muon: bool = False              # Muon for all matrices (departs: A.1's AdamW)
+    muon: bool = False              # Muon for all matrices (departs: A.1's AdamW; preset laptop)
     warmup: int = 100               # 0..: linear, before the cosine (A.1; length: choice)
     grad_accum: int = 1             # 1..: passes that share an optimizer step: less memory
     ema: float = 0.999              # 0..1: decay of the averaged weights (choice)
@@ -87,7 +87,7 @@ PAPER = dict(
     compile=True, workers=8, log_every=100, eval_every=10_000)
 PRESETS = {
     "toy": dict(predict="velocity"),
-    "laptop": dict(predict="velocity", clips_per_video=4, dim=192, steps=8500, eval_every=1700),
+    "laptop": dict(clips_per_video=4, dim=192, steps=1500, lr=2e-3, muon=True, eval_every=750),
     "workstation": dict(
         clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300,
         bf16=True, compile=True, workers=8, eval_every=3700),
@@ -197,7 +197,7 @@ class DiT(nn.Module):
         """The noise eps in z = alpha * tokens + sigma * eps that the transformer's answer stands for.
 
         It is the noise itself, or the velocity alpha * eps - sigma * tokens. Shapes: z, answer (B, N, d) -> the same
-        Source: velocity: Salimans & Ho 2022. Departs, small presets only: classes come out cleaner after a short run
+        Source: velocity: Salimans & Ho 2022. Departs, toy preset only: classes come out cleaner after a short run
         """
         if self.cfg.predict == "noise":
             return answer
