@@ -681,6 +681,21 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
+@contextlib.contextmanager
+def carry_on(path):
+    """A file that cannot be written is told in a line, and training goes on."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:
+        say(f"could not write {path} ({error}); what was there stays", sys.stderr)
+
+
+def say(text, file=None):
+    """A line above the bar, in a log at once; where even the log is full, training goes on."""
+    with contextlib.suppress(OSError), tqdm.external_write_mode(file):
+        print(text, file=file, flush=True)
+
+
 def write_file(path, blob):
     """Write a whole file or none of it: beside its name first, then renamed."""
     part = path.with_name(f".{os.getpid()}.part")

@@ -27,10 +27,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import build_dataset, condition_video, parse_config, progress, save_video, tile, write_file
-from generative_nerv import sinusoids
-from nerv_vae import (Attention, Block, Run, carry_on, ignore_stops, learning_rate, load_model, load_vae,
-                      mlp, optimizers, size_of, update_ema)
+from data import (build_dataset, carry_on, condition_video, parse_config, progress, save_video, tile,
+                  write_file)
+from nerv_vae import (Attention, Block, Run, ignore_stops, learning_rate, load_model, load_vae, mlp,
+                      optimizers, sinusoids, size_of, update_ema)
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ def train(cfg):
             rows = torch.randint(len(cache), (cfg.batch,)).sort()[0]    # (B,), in the disk's order
             ramp = min(1.0, step / (0.3 * cfg.steps))   # the chance of it rises, as LARP's
             twice = int(torch.rand(()) < cfg.scheduled_sampling * ramp)
-            t = torch.randint(twice, 1000, (cfg.batch,), device=device)      # (B,)
+            t = torch.randint(twice, 1000, (cfg.batch,), device=device)         # (B,)
             hidden = torch.rand(cfg.batch, device=device) < cfg.class_dropout   # (B,)
             noise = torch.randn(3, cfg.batch, N, d, device=device)  # two passes, posterior
             for part in run.passes:
@@ -480,7 +480,7 @@ def draw_samples(model, vae, cache, labels, classes, run):
     """A picture of 16 samples, of conditions from all over the cache."""
     cfg = run.cfg
     rows = np.random.default_rng(0).integers(len(cache), size=16)
-    noise = noise_of(0, 16, cache.shape[2:])                        # (16, N, d)
+    noise = noise_of(0, 16, cache.shape[2:])                            # (16, N, d)
     cond = labels[rows]                                                 # (16,)
     if cfg.by_tokens:
         cond = torch.from_numpy(cache[rows, 2]).float()                 # (16, N, d)

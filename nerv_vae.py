@@ -21,7 +21,6 @@ import io
 import json
 import math
 import signal
-import sys
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,10 +35,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from data import (build_dataset, claim, degrade, file_hash, first_line, load_lpips, parse_config,
-                  progress, psnr, ranks, save_video, tile, told, write_file, write_page)
+from data import (build_dataset, carry_on, claim, degrade, file_hash, first_line, load_lpips,
+                  parse_config, progress, psnr, ranks, save_video, say, tile, told, write_file, write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
@@ -671,21 +669,6 @@ def load_model(path, device, made_by, build):
     model.path = Path(path)
     model.sha256 = file_hash(path)
     return model
-
-
-@contextmanager
-def carry_on(path):
-    """A file that cannot be written is told in a line, and training goes on."""
-    try:
-        yield
-    except (OSError, SystemExit) as error:
-        say(f"could not write {path} ({error}); what was there stays", sys.stderr)
-
-
-def say(text, file=None):
-    """A line above the bar, in a log at once; where even the log is full, training goes on."""
-    with suppress(OSError), tqdm.external_write_mode(file):
-        print(text, file=file, flush=True)
 
 
 # ------------------------------------------------------------------------------------------ what a run needs
