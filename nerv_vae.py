@@ -37,7 +37,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 from data import (build_dataset, carry_on, claim, degrade, file_hash, first_line, load_lpips,
-                  parse_config, progress, psnr, ranks, save_video, say, tile, told, write_file, write_page)
+                  parse_config, progress, psnr, ranks, save_video, say, tile, told, write_file,
+                  write_page)
 from generative_nerv import GenerativeNeRV, sinusoids
 
 
