@@ -173,7 +173,7 @@ class VideoFolder:
             try:
                 return self.draw(i, rng), int(self.labels[i])
             except Unreadable as error:
-                print(f"skipping: {error}", file=sys.stderr)
+                say(f"skipping: {error}", sys.stderr)
                 problem = error
             i = int(rng.integers(len(self)))    # its label comes along, so labels cannot shift
         raise problem

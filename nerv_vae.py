@@ -73,7 +73,7 @@ class Config:
     normalize: bool = True          # with repeat, divide every kernel by its norm (NeRV-Enc B a)
     conv_init: bool = True          # with repeat, kernels start normal; off: as signs (NeRV-Enc B b: choice)
     # encoder
-    enc_depth: int = 2              # 0..: transformer blocks (paper: 18)
+    enc_depth: int = 2              # 1..: transformer blocks (paper: 18)
     enc_heads: int = 4              # 1..: attention heads (paper: 14)
     enc_dim: int = 128              # 6..: width of the transformer (paper: 896)
     patch: int = 8                  # 1..: patch height and width in pixels (paper: 8)
@@ -171,7 +171,7 @@ def mlp(dim):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of ViT. Shapes: (B, L, dim) -> (B, L, dim)."""
+    """Pre-norm transformer block of ViT. Shapes: (B, L, dim) -> (B, L, dim), or the `last` places, (B, last, dim)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -180,8 +180,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim)
 
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x, last=0):
+        x = (x + self.attention(self.norm1(x)))[:, -last:]              # (B, L or last, dim)
         return x + self.mlp(self.norm2(x))
 
 
@@ -229,10 +229,11 @@ class NeRVEncoder(nn.Module):
         x = x.flatten(4).flatten(1, 3)                                  # (B, P, f*3*p*p)
         x = self.embed(x) + self.place                                  # (B, P, dim)
         x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)      # (B, P+N, dim)
-        for block in self.blocks:
-            x = recomputed(block, self.cfg, x)
-        x = x[:, -self.cfg.tokens:].float()                             # (B, N, dim): the queries only
-        x = self.norm(x.flatten(0, 1)).view_as(x)                       # statistics over B*N tokens
+        *blocks, final = self.blocks
+        for block in blocks:
+            x = recomputed(block, self.cfg, x)                          # (B, P+N, dim)
+        x = recomputed(final, self.cfg, x, self.cfg.tokens)             # (B, N, dim): the queries only
+        x = self.norm(x.float().flatten(0, 1)).view_as(x)               # statistics over B*N tokens
         mean, logvar = self.bottleneck(x).float().chunk(2, -1)          # (B, N, d) each
         return mean, logvar.clamp(-30, 20)
 

@@ -114,9 +114,8 @@ def interp(cfg, out, vae, dit):
     a, b = two_ends(cfg, out, vae)                                              # (N, d) each
     lam = torch.linspace(1, 0, 25)[:, None, None]                               # (25, 1, 1)
     videos = vae.play(lam * a + (1 - lam) * b)                                  # (25, T, 3, R, R)
-    _, T, _, _, R = videos.shape
-    sheet = videos.permute(2, 1, 3, 0, 4).reshape(1, 3, T * R, 25 * R)          # time goes down
-    save_video(out / "interp_sheet.png", sheet)
+    sheet = videos.permute(2, 1, 3, 0, 4).flatten(3).flatten(1, 2)              # (3, T R, 25 R)
+    save_video(out / "interp_sheet.png", sheet[None])
     names = [f"lambda {value:.3g}" for value in lam[::3].flatten()]
     show(cfg, out, "interp", videos[::3], 9, names)
 
@@ -296,8 +295,8 @@ def bench(cfg, out, vae, dit):
     row("decode one clip, instantiated", lambda: net(frame))
     row("one frame of 1280 x 720, instantiated",
         lambda: render(net.layers, net.convs, wide, c.side))
-    forward = encoding + decoding                       # a backward pass takes two forward ones
-    row("training step, stage 1", training_step(vae, stage1, gpu), 3 * forward)
+    step = training_step(vae, stage1, gpu)
+    row("training step, stage 1", step, 3 * (encoding + decoding))  # a backward pass takes two forward
     dit = nerv_dit.DiT(nerv_dit.Config(**nerv_dit.PRESETS[preset]), c.tokens, c.token_dim, 101)
     dit.to(device)
     denoising = row("one pass of DiT", lambda: dit(z, t, t))
@@ -674,7 +673,7 @@ def measure_machine(device):
 
 def training_step(model, loss, gpu):
     """One training step as a function, the loss compiled on CUDA."""
-    opt = torch.optim.AdamW(model.train().parameters(), fused=True)
+    opt = nerv_vae.adamw(model.train().parameters())
     loss = torch.compile(loss, disable=not gpu)
 
     def step():
