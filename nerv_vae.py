@@ -171,7 +171,7 @@ def mlp(dim):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of ViT. Shapes: (B, L, dim) -> (B, L, dim), or the `last` places, (B, last, dim)."""
+    """Pre-norm transformer block of ViT. Shapes: (B, L, dim) -> (B, last, dim): so many at the end; 0 is all L."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -229,7 +229,7 @@ class NeRVEncoder(nn.Module):
         x = x.flatten(4).flatten(1, 3)                                  # (B, P, f*3*p*p)
         x = self.embed(x) + self.place                                  # (B, P, dim)
         x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)      # (B, P+N, dim)
-        *blocks, final = self.blocks
+        *blocks, final = self.blocks                    # what the last one makes of patches, nobody reads
         for block in blocks:
             x = recomputed(block, self.cfg, x)                          # (B, P+N, dim)
         x = recomputed(final, self.cfg, x, self.cfg.tokens)             # (B, N, dim): the queries only
