@@ -184,6 +184,22 @@ def test_queries_are_the_last_tokens():
     torch.testing.assert_close(logvar, torch.full((2, 6, 8), -5.0))     # every posterior starts equally narrow
 
 
+def test_encoder_is_a_vit_over_all_places():
+    """Catches a last block that skips more than what nobody reads: patches out of sight of the queries, other places."""
+    torch.manual_seed(0)
+    encoder = nerv_vae.NeRVEncoder(tiny(enc_depth=2)).eval()
+    seen = []
+    encoder.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    mean, _ = encoder(torch.rand(2, 4, 3, 32, 32))
+    x = seen[0]                                                         # (2, 38, 24)
+    for block in encoder.blocks:
+        x = x + block.attention(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
+    expected = encoder.bottleneck(encoder.norm(x[:, 32:].flatten(0, 1)))  # (12, 16)
+    torch.testing.assert_close(mean, expected[:, :8].view(2, 6, 8))
+    assert (mean[0] - mean[1]).abs().max() > 1e-3                       # or the queries saw nothing
+
+
 def test_tokens_are_drawn_from_the_posterior():
     """Catches a variance taken for a standard deviation, and noise that is left out or drawn elsewhere."""
     model = nerv_vae.NeRVVAE(tiny()).eval()
