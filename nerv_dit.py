@@ -84,10 +84,10 @@ class Config:
 PAPER = dict(
     clips_per_video=8, depth=24, heads=16, dim=1024, batch=256, steps=1_000_000, lr=1e-4,
     warmup=10_000, ema=0.9999, sampler="ddpm", sample_steps=250, guidance=2.0, bf16=True,
-    compile=True, workers=8, log_every=100, eval_every=10_000)
+    compile=True, workers=8, eval_every=10_000)
 PRESETS = {
     "toy": dict(predict="velocity"),
-    "laptop": dict(clips_per_video=4, dim=192, steps=1500, lr=2e-3, muon=True, eval_every=750),
+    "laptop": dict(clips_per_video=4, dim=192, steps=1500, lr=2e-3, muon=True),
     "workstation": dict(
         clips_per_video=8, heads=8, dim=512, batch=256, steps=7400, lr=2.5e-3, warmup=300,
         bf16=True, compile=True, workers=8, eval_every=3700),

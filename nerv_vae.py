@@ -116,7 +116,7 @@ PAPER = dict(
     gen_channels=64, kernel_init=1.0, enc_depth=18, enc_heads=14, enc_dim=896, patch_frames=1,
     kl_weight=1e-5, lpips_weight=1.0, gan_weight=1.0, gan_start=100_000, batch=32, steps=2_000_000,
     lr=1e-4, muon=False, warmup=10_000, ema=0.9999, frames_per_step=0, bf16=True, compile=True,
-    log_every=100, eval_every=10_000)
+    eval_every=10_000)
 # 80 inputs and outputs: each of 160 tokens then writes a whole share of every block but the stem's and toRGB's
 # (choice: a reading of E.3's "simple alignment").
 PAPER_256 = {**PAPER, "resolution": 256, "tokens": 160, "gen_channels": 80, "checkpointing": True}
@@ -131,12 +131,13 @@ NERV_ENC = {
 # A folder of real videos at 32 x 32 x 8, on a CPU.
 LAPTOP = dict(
     stride=2, flip=True, in_memory=True, model="32", gen_channels=16, enc_dim=192, kl_weight=5e-7,
-    edge_weight=1.0, lpips_weight=0.2, lpips_start=7000, lpips_net="squeeze", steps=11_000)
+    edge_weight=1.0, lpips_weight=0.2, lpips_start=13_100, lpips_net="squeeze", gan_weight=0.1,
+    gan_channels=32, gan_start=13_100, gan_every=1, gan_lr_ratio=3.0, steps=14_000)
 # The same at 64 x 64 x 16, minutes on a large GPU; Muon's many small GPU launches take 24 ms of a step there.
 WORKSTATION = {
     **LAPTOP, "frames": 16, "stride": 1, "resolution": 64, "model": "S", "tokens": 64,
     "token_dim": 64, "gen_channels": 64, "enc_depth": 6, "enc_heads": 6, "enc_dim": 384,
-    "gan_weight": 0.1, "gan_start": 2125, "gan_every": 1, "gan_lr_ratio": 2.0, "lpips_start": 1000,
+    "gan_channels": 64, "gan_start": 2125, "gan_lr_ratio": 2.0, "lpips_start": 1000,
     "batch": 32, "steps": 2500, "warmup": 200, "frames_per_step": 4, "bf16": True}
 PRESETS = {"toy": {}, "ucf": PAPER, "ucf256": PAPER_256, "k600": PAPER, "folder": PAPER,
            "laptop": LAPTOP, "workstation": WORKSTATION, "nerv_enc": NERV_ENC}
@@ -807,8 +808,8 @@ class Run(ExitStack):
     def save(self):
         """Write the checkpoint; only rank 0 does. A full disk ends the run only where it ends anyway."""
         if self.rank == 0:
-            state = dict(self.facts, step=self.step, made_by=self.made_by, config=asdict(self.cfg))
-            state["opts"] = [opt.state_dict() for opt in self.opts]
+            state = dict(self.facts, step=self.step, made_by=self.made_by, config=asdict(self.cfg),
+                         opts=[opt.state_dict() for opt in self.opts])
             for name, network in self.networks.items():
                 state[name] = network.state_dict()
             with carry_on(self.path):
