@@ -2519,7 +2519,7 @@ def test_networks_see_the_documented_input(tmp_path, monkeypatch):
     monkeypatch.setattr(fvd, "frechet_distance", lambda a, b: kept.append((a, b)) or frechet(a, b))
     argv = ["--real", side, "--fake", side, "--features", path, "--frames", 3]
     assert "FD-probe" in run_fvd(tmp_path, *argv)[0]
-    fed = kept[-1][0][:, 4:].view(4, 3, 3, 8, 8).transpose(1, 2)
+    fed = kept[0][0][:, 4:].view(4, 3, 3, 8, 8).transpose(1, 2)
     assert sorted(f.sum().item() for f in fed) == pytest.approx(sorted(clips[:, :3].sum((1, 2, 3, 4)).tolist()))
     assert min((fed - clip).abs().amax((1, 2, 3, 4)).min() for clip in clips[:, :3]) < 1e-6
     run_fvd(tmp_path, *argv, "--fvd-resolution", 4)
